@@ -1,0 +1,1159 @@
+# SPDX-License-Identifier: MIT
+"""T-REG: preference optimisation with token-level reward regularisation, in one readable file.
+
+    python treg.py                                        a tiny model, made and trained on this machine in about a minute
+    python treg.py --model gpt2                           a Hugging Face model on the same data
+    python treg.py --model DIR --data pairs.jsonl         your model, your preference pairs
+    python treg.py --model DIR --data pairs.jsonl --check-prompts      which contrastive prompts suit this model?
+
+The method (Zhou, Zhang, Zhao and Meng, ACL 2025, arXiv 2412.02685). A frozen model scores every token of both responses
+twice, after a prompt that asks for a better answer and after one that asks for a worse one:
+
+    r̂_t = σ( log π_eval(y_t | x_better, y_<t) − log π_eval(y_t | x_worse, y_<t) ) − 1/2       token reward, in [−½, ½]
+    r_t = β ( log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) )                               what the policy has learned
+    z   = Σ_t r_t(chosen) − Σ_t r_t(rejected) − γ                                             margin
+    L   = −log σ(z) + α · w · ( − Σ_t r̂_t r_t, over both responses ),    w = σ(−z), detached  loss of one pair
+
+Hence each token's gradient is the plain one times (1 + α r̂_t) on the chosen side and (1 − α r̂_t) on the rejected one.
+
+Sections: 1 prompts, 2 token rewards, 3 implicit rewards and the loss (the paper; torch only, made to be copied),
+4 data, 5 log-probs, 6 annotate, 7 train, 8 evaluate and show, 9 the tiny model, 10 command line.
+
+Shapes: B pairs (or rows), T response tokens including the end token. Everything per token is (B, T), column t is response
+token t, and a mask says where a response has a token. All logs are natural; a reward has the unit of β · nats.
+"""
+import argparse
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------- 1 prompts
+# Our wording, built on the paper's four criteria. What differs between better and worse comes last: all that stands
+# before it is then the same text, and is computed once.
+PROMPTS = {
+    "answer": {
+        "better": "{prompt}\n\nGive an answer that is helpful, correct, coherent and concise.",
+        "worse": "{prompt}\n\nGive an answer that is unhelpful, wrong, incoherent and rambling.",
+    },
+    "revise": {
+        "better": "Instruction: {prompt}\n\nResponse: {response}\n\nRevise the response to the instruction. "
+                  "Make it more helpful, correct, coherent and concise.",
+        "worse": "Instruction: {prompt}\n\nResponse: {response}\n\nRevise the response to the instruction. "
+                 "Make it less helpful, correct, coherent and concise.",
+    },
+}
+
+
+def contrastive_prompts(prompt, response, style):
+    """-> (better, worse), of prompt's own kind: a text, or a list of messages whose last user message is rewritten.
+
+    style names a pair in PROMPTS or is a {"better": …, "worse": …} of templates with {prompt} and optionally {response}.
+    """
+    templates = PROMPTS[style] if isinstance(style, str) else style
+    if not isinstance(prompt, str):
+        last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
+        return tuple([*prompt[:last], {**prompt[last], "content": text}, *prompt[last + 1:]]
+                     for text in contrastive_prompts(prompt[last]["content"], response, style))
+    fields = {"prompt": prompt, "response": response}  # filled in one pass: a {response} inside the prompt is just text
+    return tuple(re.sub(r"\{(prompt|response)\}", lambda field: fields[field[1]], templates[side])
+                 for side in ("better", "worse"))
+
+
+# ---------------------------------------------------------------------------------------------- 2 token rewards
+def token_rewards(better_logps, worse_logps, mask):
+    """r̂ = σ(better − worse) − ½, exactly 0 where mask is 0. (B, T) × 3 -> (B, T) in [−½, ½].
+
+    better_logps, worse_logps: log π_eval of the same response tokens after x_better and after x_worse.
+    """
+    # where, not a product: padding may hold NaN, and NaN × 0 is NaN, in the value and in the gradient
+    return torch.sigmoid(torch.where(mask.bool(), better_logps - worse_logps, 0.0)) - 0.5
+
+
+# ---------------------------------------------------------------------------- 3 implicit rewards and the loss
+def dpo_rewards(logps, ref_logps, mask, beta):
+    """DPO's implicit token rewards r_t = β (log π − log π_ref), exactly 0 where mask is 0. (B, T) × 3 -> (B, T)."""
+    return beta * torch.where(mask.bool(), logps - ref_logps, 0.0)
+
+
+def simpo_rewards(logps, mask, beta):
+    """SimPO's implicit token rewards r_t = (β / |y|) log π, exactly 0 where mask is 0. (B, T) × 2 -> (B, T).
+
+    |y| is the number of tokens of the response, end token included.
+    """
+    length = mask.bool().sum(-1, keepdim=True).clamp(min=1)
+    return beta / length * torch.where(mask.bool(), logps, 0.0)
+
+
+def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weighting="sequence"):
+    """The T-REG loss and the preference margin z of each pair. (B, T) × 4 -> (loss, margin), each (B,).
+
+    chosen, rejected: implicit token rewards r_t; chosen_hat, rejected_hat: token rewards r̂_t; zeros in the padding of
+    all four (the two sides' T may differ). alpha = 0 is DPO, or with SimPO's rewards and gamma SimPO, exactly.
+    weighting "sequence" is w = σ(−z), the factor in the preference loss's own gradient; "static" is the constant ½.
+    """
+    if weighting not in ("sequence", "static"):
+        raise ValueError(f'weighting is "sequence" or "static", not {weighting!r}')
+    margin = chosen.sum(-1) - rejected.sum(-1) - gamma
+    # detached: the weight scales the regulariser's gradient and has none of its own
+    weight = torch.sigmoid(-margin).detach() if weighting == "sequence" else 0.5
+    agreement = (chosen_hat * chosen).sum(-1) + (rejected_hat * rejected).sum(-1)  # Σ_t r̂_t r_t = −L_reg
+    return -F.logsigmoid(margin) - alpha * weight * agreement, margin
+
+
+# ------------------------------------------------------------------------------------------------------- 4 data
+SIDES = ("chosen", "rejected")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend, in one line: where, what, and what to do."""
+
+
+def load_pairs(source, split="train"):
+    """-> list of pairs from a .json, .jsonl, .csv or .parquet file (.gz too), else from a hub data set.
+
+    Rows that name another split are left out; rows that name none are "train". A pair is a dict: prompt, a text or a
+    list of {role, content}; chosen and rejected, texts; where, "file:line"; chosen_errors, rejected_errors (character
+    spans of bad text) and keywords where the row has them. UserError names the line of a bad row.
+    """
+    rows = tqdm(read_rows(str(source), split), desc="read", unit=" rows", delay=2, leave=False)
+    return [read_pair(row, where) for where, row in rows
+            if not isinstance(row, dict) or (row.get("split") or "train") == split]
+
+
+def read_rows(source, split):
+    """Yield (where, row) for every row."""
+    path, kind, count = Path(source), source.removesuffix(".gz").rpartition(".")[2], 0
+    if kind not in ("json", "jsonl", "csv", "parquet") and not path.exists():
+        yield from read_hub(source, split)
+        return
+    if not path.is_file() or kind not in ("json", "jsonl", "csv", "parquet"):
+        why = "is a folder" if path.is_dir() else "unknown ending" if path.exists() else "no such file"
+        raise UserError(f"{path}: {why}; name a .json, .jsonl, .csv or .parquet file")
+    try:
+        if kind == "parquet":
+            from datasets import Dataset
+            rows = ((f"row {n}", row) for n, row in enumerate(Dataset.from_parquet(source), 1))
+        else:
+            file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+            rows = {"json": read_json, "jsonl": read_jsonl, "csv": read_csv}[kind](file, path)
+        for count, (line, row) in enumerate(rows, 1):
+            yield f"{path}:{line}", row
+    except UserError:
+        raise
+    except Exception as error:  # gzip, csv and Arrow each have their own
+        raise UserError(f"{path}: damaged after row {count} ({one_line(error)}); write the .{kind} file again") from None
+    if not count:
+        raise UserError(f"{path}: holds no rows; a row has prompt, chosen and rejected")
+
+
+def read_jsonl(file, path):
+    for n, line in enumerate(file, 1):  # bytes: only a newline ends a line, and a bad byte is known by its line
+        if line.strip(b"\xef\xbb\xbf \t\r\n"):
+            yield n, parse_json(line, f"{path}:{n}")
+
+
+def read_json(file, path):
+    rows = parse_json(file.read(), path)
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: must hold one list of rows; if it has a row a line, name it .jsonl")
+    return ((f"row {n}", row) for n, row in enumerate(rows, 1))
+
+
+def read_csv(file, path):  # the standard library's reader leaves every cell the text that it is, "NA" and "42" too
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    for row in reader:
+        if None in row or None in row.values():
+            raise UserError(f"{path}:{reader.line_num}: not as many cells as columns; quote cells that hold commas")
+        yield reader.line_num, {name: cell for name, cell in row.items() if cell}
+
+
+def read_hub(name, split):
+    from datasets import get_dataset_split_names, load_dataset
+    try:
+        splits = get_dataset_split_names(name)
+        rows = load_dataset(name, split=split) if split in splits else []
+    except Exception as error:
+        raise UserError(f"--data {name}: no such file, and the hub does not give it ({one_line(error)})") from None
+    if split == "train" and split not in splits:
+        raise UserError(f"--data {name}: has no split train, only {', '.join(splits)}; save the one to use as .parquet")
+    yield from ((f"{name}:{split} row {n}", row) for n, row in enumerate(rows, 1))
+
+
+def parse_json(raw, where):
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({one_line(error)}); mend it or take it out") from None
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def read_text(value, name, where, blank=False):
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name} must be text, but is {'missing' if value is None else type(value).__name__}")
+    if not blank and not value.strip():
+        raise UserError(f"{where}: {name} is blank; give it text or take the row out")
+    if re.search("[\ud800-\udfff]", value):
+        raise UserError(f"{where}: {name} holds half a surrogate pair, which is no character; mend the \\ud… in it")
+    return value
+
+
+def read_messages(value, name, where, last):
+    """A list of {role, content}, its last message by the role last; or a text, as it is."""
+    if not isinstance(value, list):
+        return read_text(value, name, where)
+    for message in value:
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise UserError(f"{where}: {name}: a message needs a role, one of system, user and assistant")
+        read_text(message.get("content"), f"{name}: content", where, blank=message is not value[-1])
+    if last and (not value or value[-1]["role"] != last):
+        raise UserError(f"{where}: {name} must end with a message of the {last}'s")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def read_pair(row, where):
+    """A row of any known format -> a pair."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row is an object with prompt, chosen and rejected, not {type(row).__name__}")
+    chosen, rejected = (read_messages(row.get(side), side, where, "assistant") for side in SIDES)
+    if type(chosen) is not type(rejected):
+        raise UserError(f"{where}: chosen and rejected must both be texts, or both lists of messages")
+    prompt, shared = row.get("prompt"), []
+    if isinstance(chosen, list):
+        if chosen[:-1] != rejected[:-1]:
+            raise UserError(f"{where}: chosen and rejected must be the same up to their last message")
+        shared, chosen, rejected = chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+    if prompt is None and "instruction" in row:
+        parts = [read_text(row.get(name) or "", name, where, blank=name == "input") for name in ("instruction", "input")]
+        prompt = "\n\n".join(filter(str.strip, parts))
+    elif prompt is None and "question" in row:
+        system = read_text(row.get("system") or "", "system", where, blank=True)
+        prompt = [{"role": "system", "content": system}] * bool(system.strip())
+        prompt += [{"role": "user", "content": read_text(row["question"], "question", where)}]
+    elif prompt is None and not shared:  # the prompt is what both begin with; Anthropic HH marks its end
+        prompt = os.path.commonprefix([chosen, rejected])
+        if "\n\nAssistant:" in prompt:
+            prompt = prompt[:prompt.rindex("\n\nAssistant:") + len("\n\nAssistant:")]
+        chosen, rejected = (read_text(text[len(prompt):], "what follows the shared beginning", where)
+                            for text in (chosen, rejected))
+    if isinstance(prompt, list):
+        prompt = read_messages(prompt, "prompt", where, None)
+        shared = shared if shared[:len(prompt)] == prompt else prompt + shared
+    # a text prompt beside message lists is repeated in them (UltraFeedback)
+    prompt = read_messages(shared or prompt, "prompt", where, "user")
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "where": where}
+    for side in SIDES:
+        spans = row.get(f"{side}_errors")
+        if spans is not None:
+            if not isinstance(spans, list) or not all(
+                    isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)
+                    and 0 <= span[0] < span[1] <= len(pair[side]) for span in spans):
+                raise UserError(f"{where}: {side}_errors must be a list of [start, end) within {side}'s "
+                                f"{len(pair[side])} characters")
+            pair[f"{side}_errors"] = spans
+    if row.get("keywords") is not None:
+        if not isinstance(row["keywords"], list):
+            raise UserError(f"{where}: keywords must be a list of words")
+        pair["keywords"] = [read_text(word, "a keyword", where) for word in row["keywords"]]
+    return pair
+
+
+# The layout of a base model, which has no chat template of its own. It is saved with the trained model.
+PLAIN_TEMPLATE = ("{% for m in messages %}{{ m['role'] | capitalize }}:\n{{ m['content'] }}"
+                  "{{ eos_token if m['role'] == 'assistant' }}\n\n{% endfor %}"
+                  "{% if add_generation_prompt %}Assistant:\n{% endif %}")
+
+
+def as_messages(prompt):
+    """A prompt as messages: a list stays, Anthropic HH text becomes its turns, any other text one user message."""
+    if not isinstance(prompt, str):
+        return prompt
+    turns = re.split(r"\n\n(Human|Assistant):", prompt)
+    if prompt.startswith("\n\nHuman:") and turns[-2:] == ["Assistant", ""]:
+        return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+                for who, said in zip(turns[1:-2:2], turns[2:-2:2])]
+    return [{"role": "user", "content": prompt}]
+
+
+def render(tokenizer, messages, **options):
+    """The messages in the model's template, as text; where the template refuses a system role, the user says it."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception:
+        if messages[0]["role"] != "system" or len(messages) < 2:
+            raise
+        user = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        return tokenizer.apply_chat_template([user, *messages[2:]], tokenize=False, **options)
+
+
+def prompt_ids(tokenizer, messages):
+    # the template writes the BOS if the model wants one; a second by the tokenizer is a classic mistake
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def end_token(tokenizer):
+    """The id that the model's own template writes after an assistant turn, else eos."""
+    turn = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "☃"}])
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    after = tokenizer(turn.rpartition("☃")[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in after if token in special), tokenizer.eos_token_id)
+
+
+def response_ids(tokenizer, text, end):
+    """Ids of the response on its own, then exactly one end token: no merge across its boundary, no prompt needed."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    while ids and ids[-1] == end:
+        ids.pop()
+    return ids + [end]
+
+
+def good_tokens(tokenizer, text, spans):
+    """-> for every token of text (end token not included) whether it overlaps no error span."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [not any(a < end and start < b for start, end in spans) for a, b in offsets]
+
+
+def fit(tokenizer, pair, room, style):
+    """-> (ids of every form of the prompt, each at most room tokens; whether text was cut), or None if nothing fits.
+
+    The cut takes the left of the user's text, inside the template and alike in all forms: BOS, header and the
+    instruction of a contrastive prompt survive.
+    """
+    messages, cut = as_messages(pair["prompt"]), False
+    while room > 0:
+        forms = {"prompt_ids": messages}
+        if style:
+            for side in ("chosen", "rejected"):
+                forms[f"{side}_better_ids"], forms[f"{side}_worse_ids"] = contrastive_prompts(messages, pair[side], style)
+        try:
+            ids = {name: np.array(prompt_ids(tokenizer, form), np.int32) for name, form in forms.items()}
+        except Exception as error:  # jinja's; a template may refuse roles that do not alternate
+            raise UserError(f"{pair['where']}: the model's chat template refuses it ({one_line(error)})") from None
+        excess = max(map(len, ids.values())) - room
+        if excess <= 0:
+            return ids, cut
+        said = messages[-1]["content"]
+        if len(said) < 2:
+            return None
+        tokens = len(tokenizer(said, add_special_tokens=False)["input_ids"])
+        said, cut = said[max(1, len(said) * excess // max(tokens, excess + 1)):], True
+        messages = [*messages[:-1], {**messages[-1], "content": said}]
+
+
+def encode(tokenizer, pairs, max_length, style=None):
+    """-> (pairs with int32 arrays of token ids, a report in words of what was dropped or shortened).
+
+    Adds prompt_ids, chosen_ids, rejected_ids, with a style chosen_better_ids and so on (both sides, both contrastive
+    prompts), with error spans chosen_good and rejected_good. max_length counts a prompt with a response, in tokens.
+    """
+    end, encoded, same, long, cut = end_token(tokenizer), [], 0, 0, 0
+    for pair in tqdm(pairs, desc="encode", unit=" pairs", delay=2, leave=False):
+        ids = {f"{side}_ids": np.array(response_ids(tokenizer, pair[side], end), np.int32) for side in ("chosen", "rejected")}
+        if np.array_equal(ids["chosen_ids"], ids["rejected_ids"]):
+            same += 1
+            continue
+        fitted = fit(tokenizer, pair, max_length - max(map(len, ids.values())), style)
+        if fitted is None:  # cutting a response would change who won
+            long += 1
+            continue
+        cut += fitted[1]
+        good = {f"{side}_good": good_tokens(tokenizer, pair[side], pair[f"{side}_errors"])
+                for side in ("chosen", "rejected") if f"{side}_errors" in pair}
+        encoded.append({**pair, **ids, **fitted[0], **good})
+    return encoded, "; ".join(
+        [f"{same} dropped: chosen and rejected are the same"] * bool(same)
+        + [f"{long} dropped: a response does not fit into {max_length} tokens"] * bool(long)
+        + [f"{cut} prompts shortened on the left to fit {max_length} tokens"] * bool(cut))
+
+
+# -------------------------------------------------------------------------------------------------- 5 log-probs
+def response_logps(model, prompts, responses):
+    """log π(y_t | prompt, y_<t) of each response. Two lists of B lists of ids -> (logps, mask), each (B, T), float32.
+
+    With model.shares_prompts (see share_prompts) all rows lie in one row without padding, sorted, and what a row has in
+    common with the row before it is computed once: a prompt for both of its responses, an instruction for all. The
+    tokens then form a tree written in depth-first order, so "j is an ancestor of i" is: j ≤ i < end of j's subtree.
+    Otherwise, and for models that this does not suit, every row is computed by itself.
+    """
+    device = next(model.parameters()).device
+    rows = [prompt + response for prompt, response in zip(prompts, responses)]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    found = [None] * len(rows)
+    for group in [order] if getattr(model, "shares_prompts", False) else [[i] for i in order]:
+        ids, positions, ends, sources, targets, path, before = [], [], [], [], [], [], []
+        for i in group:
+            shared = len(os.path.commonprefix([rows[i], before]))
+            path = path[:shared] + list(range(len(ids), len(ids) + len(rows[i]) - shared))  # the row's nodes, root first
+            positions += range(shared, len(rows[i]))
+            ids += rows[i][shared:]
+            ends += [0] * (len(rows[i]) - shared)
+            for node in path:
+                ends[node] = len(ids)
+            sources += path[len(prompts[i]) - 1:-1]  # the node that predicts response token t
+            targets += responses[i]
+            before = rows[i]
+        response_logps.positions += len(ids)
+        ids, positions, ends, sources, targets = (
+            torch.tensor(values, device=device) for values in (ids, positions, ends, sources, targets))
+        tree = {}
+        if len(group) > 1:
+            node = torch.arange(len(ids), device=device)
+            sees = (node[:, None] >= node) & (node[:, None] < ends)
+            tree = {"position_ids": positions[None], "attention_mask": sees[None, None]}
+        # the output head is most of a small model: only positions that predict a response token go through it
+        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=sources, **tree).logits[0]
+        logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # float32 also where logits are bfloat16
+        for i, values in zip(group, logps.split([len(responses[i]) for i in group])):
+            found[i] = values
+    mask = pad_sequence([torch.ones(len(response), dtype=torch.bool) for response in responses], batch_first=True)
+    return pad_sequence(found, batch_first=True), mask.to(device)
+
+
+response_logps.positions = 0  # computed so far, for the token counts in summary.json
+
+
+def share_prompts(model, prompts, responses):
+    """Turn prompt sharing on if the model gives the same log-probs with it on these rows. -> largest difference, nats.
+
+    It does not where attention is more than a mask can say (sliding windows, recurrent layers).
+    """
+    with torch.no_grad():
+        model.shares_prompts = False
+        separate, _ = response_logps(model, prompts, responses)
+        model.shares_prompts = True
+        try:
+            error = (response_logps(model, prompts, responses)[0] - separate).abs().max().item()
+        except (TypeError, ValueError, RuntimeError, IndexError):  # a model that takes no such mask
+            error = math.inf
+    model.shares_prompts = error < 1e-3
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------- 6 annotate
+PACK = 1024  # tokens in one forward pass: enough to keep a processor busy, and memory grows with it
+
+
+def packs(pairs, size):
+    """Cut pairs into runs of at most size pairs and about PACK tokens: what one forward pass takes."""
+    pack, tokens = [], 0
+    for pair in pairs:
+        length = len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
+        if pack and (len(pack) == size or tokens + length > PACK):
+            yield pack
+            pack, tokens = [], 0
+        pack.append(pair)
+        tokens += length
+    if pack:
+        yield pack
+
+
+def columns(pairs, name):
+    """The chosen_* column of all pairs, then the rejected_* column, as lists."""
+    return [pair[f"{side}_{name}"].tolist() for side in ("chosen", "rejected") for pair in pairs]
+
+
+def padded(pairs, name, device):
+    """The same as one float32 tensor (2B, T), chosen rows first, zeros in the padding."""
+    return pad_sequence([torch.tensor(row) for row in columns(pairs, name)], batch_first=True).to(device)
+
+
+def set_columns(pairs, name, values):
+    """Write (2B, T) values, chosen rows first, into the pairs without their padding."""
+    values = iter(values.float().cpu().numpy())
+    for side in ("chosen", "rejected"):
+        for pair in pairs:
+            pair[f"{side}_{name}"] = next(values)[:len(pair[f"{side}_ids"])].copy()
+
+
+def plain_logps(model, pairs, dtype):
+    """-> (logps, mask), each (2B, T), of both responses after the plain prompt, in the precision of the training."""
+    # weights stay float32, so that an update of 5e-7 is not rounded away; cached casts would be a second copy of them
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=False):
+        return response_logps(model, [pair["prompt_ids"].tolist() for pair in pairs] * 2, columns(pairs, "ids"))
+
+
+@torch.no_grad()
+def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_size=8, max_length=1024, dtype="fp32"):
+    """-> the pairs, encoded, with chosen_ and rejected_ ref_logps and token_rewards: float32 arrays of (T,).
+
+    model: the untrained policy. style: a contrastive pair (see contrastive_prompts), or None for token rewards of 0.
+    reward_model: π_eval, if it is not the reference itself. Reference log-probs are computed in dtype as training does,
+    so that π = π_ref at its start; token rewards in float32, because σ of a bfloat16 error is an error.
+    """
+    if pairs and "prompt_ids" not in pairs[0]:
+        pairs, _ = encode(tokenizer, pairs, max_length, style)
+    pairs = [dict(pair) for pair in pairs]
+    with tqdm(total=len(pairs), desc="annotate", unit=" pairs", delay=2, leave=False) as bar:
+        for pack in packs(pairs, batch_size):
+            ref_logps, mask = plain_logps(model, pack, dtype)
+            rewards = torch.zeros_like(ref_logps)
+            if style:
+                logps, _ = response_logps(reward_model or model, columns(pack, "better_ids") + columns(pack, "worse_ids"),
+                                          columns(pack, "ids") * 2)
+                rewards = token_rewards(*logps.chunk(2), mask)
+            set_columns(pack, "ref_logps", ref_logps)
+            set_columns(pack, "token_rewards", rewards)
+            bar.update(len(pack))
+    return pairs
+
+
+def pair_accuracy(pairs):
+    """-> (share of pairs whose chosen response has the higher mean r̂, ties ½; low and high end of its 95 % Wilson interval)."""
+    gaps = np.array([pair["chosen_token_rewards"].mean() - pair["rejected_token_rewards"].mean() for pair in pairs])
+    p, n, z = np.mean((gaps > 0) + 0.5 * (gaps == 0)), len(gaps), 1.96
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+# ------------------------------------------------------------------------------------------------------- 7 train
+def implicit_rewards(logps, ref_logps, mask, s):
+    """An algorithm is this one function: r_t by s.algorithm. (B, T) × 3 -> (B, T)."""
+    return dpo_rewards(logps, ref_logps, mask, s.beta) if s.algorithm == "dpo" else simpo_rewards(logps, mask, s.beta)
+
+
+def accuracy(margin, gamma):
+    """1 where z + γ > 0, the chosen response's reward being the higher one; a tie counts ½."""
+    return (margin + gamma > 0).float() + 0.5 * (margin + gamma == 0).float()
+
+
+def losses(model, pairs, s):
+    """-> (loss (B,), the METRICS of each pair (B, 7), logps (2B, T)) of one forward pass."""
+    logps, mask = plain_logps(model, pairs, s.dtype)
+    rewards = implicit_rewards(logps, padded(pairs, "ref_logps", logps.device), mask, s)
+    hats = padded(pairs, "token_rewards", logps.device)
+    loss, margin = treg_loss(*rewards.chunk(2), *hats.chunk(2), s.alpha, s.gamma, s.weighting)
+    agreement = sum((rewards * hats).sum(-1).chunk(2))
+    return loss, torch.stack([loss, margin, accuracy(margin, s.gamma), torch.sigmoid(-margin), agreement,
+                              *logps.sum(-1).chunk(2)], 1).detach(), logps
+
+
+METRICS = ("loss", "margin", "accuracy", "weight", "agreement", "chosen_logps", "rejected_logps")
+
+
+def schedule(step, total):
+    """Share of the learning rate: 10 % linear warm-up, then half a cosine down to 0, as the paper has it."""
+    warmup = max(1, round(0.1 * total))
+    return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
+
+
+def train(model, pairs, s, out=None):
+    """Train model in place on annotated pairs. With a folder out: metrics.jsonl, checkpoints, and going on from one.
+
+    A step averages the loss over batch_size × accumulate pairs, however many forward passes that takes.
+    """
+    per_step = s.batch_size * s.accumulate
+    per_epoch = math.ceil(len(pairs) / per_step)
+    total = s.steps or s.epochs * per_epoch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0, fused=True)
+    first, order = resume(out, model, optimizer) if out else 0, None
+    with stop_requests() as asked, tqdm(range(first, total), desc="train", unit=" steps", initial=first, total=total, delay=2,
+                              leave=False) as bar:
+        for step in bar:
+            epoch, place = divmod(step, per_epoch)
+            if order is None or place == 0:  # a function of seed and epoch alone: a resumed run needs no random state
+                order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed + epoch)).tolist()
+            batch = [pairs[i] for i in order[place * per_step:(place + 1) * per_step]]
+            sums = 0
+            for start in range(0, len(batch), s.batch_size):
+                for pack in packs(batch[start:start + s.batch_size], s.batch_size):
+                    loss, metrics, _ = losses(model, pack, s)
+                    (loss.sum() / len(batch)).backward()
+                    sums = sums + metrics.sum(0)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            row = dict(zip(METRICS, (sums / len(batch)).tolist()), grad_norm=norm, lr=s.lr * schedule(step, total))
+            if not math.isfinite(row["loss"] + norm):
+                raise UserError(f"step {step + 1}: loss {row['loss']}, gradient norm {norm}; lower --lr, or look at "
+                                + ", ".join(pair["where"] for pair in batch))
+            optimizer.param_groups[0]["lr"] = row["lr"]
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['margin']:.3f}", refresh=False)
+            if out:
+                with open(out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps({"step": step + 1, **row}) + "\n")
+                if asked or (step + 1) % s.save_every == 0:
+                    save_checkpoint(out, model, optimizer, step + 1)
+                if asked:
+                    raise Stopped(f"stopped after step {step + 1} of {total}; go on with --resume --out {out}")
+    return total
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM came; the step was finished and saved."""
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Within it Ctrl-C and SIGTERM only fill the list that it yields, so that no step is cut in two."""
+    asked, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: asked.append(number)) for number in numbers]
+    try:
+        yield asked
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def write(path, save):
+    """save(temporary path) beside path, then rename: at any instant path is whole, the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: not saved ({one_line(error)}); what was there before is whole. Make room, and go on "
+                        f"with --resume --out {path.parent}") from None
+
+
+def save_checkpoint(out, model, optimizer, step):
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    write(out / "checkpoint.pt", lambda path: torch.save(state, path))
+
+
+def resume(out, model, optimizer):
+    """Load the checkpoint of out, if it has one, and cut later lines from metrics.jsonl. -> the number of steps done."""
+    step = 0
+    if (out / "checkpoint.pt").exists():
+        state = torch.load(out / "checkpoint.pt", map_location=model.device, weights_only=True, mmap=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    log = out / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)[:step] if log.exists() else []
+    write(log, lambda path: path.write_text("".join(lines)))
+    return step
+
+
+# ------------------------------------------------------------------------------------------- 8 evaluate and show
+def credit_auroc(scores, is_good):
+    """Probability that a good token outscores a bad one, ties ½; nan with one class only. Two plain arrays -> float."""
+    scores, is_good = np.asarray(scores, dtype=float), np.asarray(is_good, dtype=bool)
+    good, bad = scores[is_good], np.sort(scores[~is_good])
+    if not len(good) or not len(bad):
+        return math.nan
+    return float((np.searchsorted(bad, good, "left") + np.searchsorted(bad, good, "right")).mean() / 2 / len(bad))
+
+
+def auroc(pairs, name):
+    """Credit AUROC of the *_name columns: (mean within a response, pooled over all tokens); the end token is not scored."""
+    rows = [(pair[f"{side}_{name}"][:-1], pair[f"{side}_good"])
+            for pair in pairs for side in ("chosen", "rejected") if f"{side}_good" in pair]
+    within = [value for value in (credit_auroc(*row) for row in rows) if not math.isnan(value)]
+    if not within:
+        return math.nan, math.nan
+    return float(np.mean(within)), credit_auroc(*(np.concatenate(column) for column in zip(*rows)))
+
+
+def judge(pairs):
+    """-> errors(text, keywords) for data whose keywords stand for slots: how many of the keywords text lacks, and at
+    least 1 if its shape, the text with its slots left open, is none of the data's responses'."""
+    slots = {word: f"<{i}>" for pair in pairs for i, word in enumerate(pair["keywords"])}
+
+    def shape(text):
+        return re.sub(r"\w+", lambda word: slots.get(word[0], word[0]), text.strip())
+
+    shapes = {shape(pair[side]) for pair in pairs for side in ("chosen", "rejected")}
+
+    def errors(text, keywords):
+        missing = len(set(keywords) - set(re.findall(r"\w+", text)))
+        return max(missing, shape(text) not in shapes)
+    return errors
+
+
+@torch.no_grad()
+def sample(model, tokenizer, pairs, seed, most=128):
+    """-> one response a pair, drawn from the model as it is (temperature 1, nothing cut off), at most `most` tokens."""
+    end, texts = end_token(tokenizer), []
+    torch.manual_seed(seed)
+    for start in tqdm(range(0, len(pairs), 128), desc="sample", unit=" batches", delay=2, leave=False):
+        prompts = [torch.tensor(pair["prompt_ids"].tolist()) for pair in pairs[start:start + 128]]
+        ids = pad_sequence(prompts, batch_first=True, padding_value=end, padding_side="left").to(model.device)
+        real = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left").to(model.device)
+        room = min(most, getattr(model.config, "max_position_embeddings", most + ids.shape[1]) - ids.shape[1])
+        new = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=max(1, room), do_sample=True, top_k=0, top_p=1.0,
+                             temperature=1.0, eos_token_id=end, pad_token_id=end)[:, ids.shape[1]:].tolist()
+        texts += [tokenizer.decode(row[:row.index(end)] if end in row else row) for row in new]
+    return texts
+
+
+SAMPLES = 4  # responses drawn for each prompt that has a judge
+
+
+def evaluate(model, tokenizer, pairs, s, errors=None):
+    """-> (metrics of model on annotated pairs, samples). Writes the learned credit log π − log π_ref into the pairs."""
+    rows = []
+    with torch.no_grad():
+        for pack in packs(pairs, s.batch_size):
+            _, metrics, logps = losses(model, pack, s)
+            rows.append(metrics.cpu())
+            set_columns(pack, "credit", logps - padded(pack, "ref_logps", logps.device))
+    means = dict(zip(METRICS, torch.cat(rows).mean(0).tolist()))
+    result = {"accuracy": means["accuracy"], "margin": means["margin"]}
+    result["credit_auroc"], result["credit_auroc_pooled"] = auroc(pairs, "credit")
+    result["token_reward_auroc"], result["token_reward_auroc_pooled"] = auroc(pairs, "token_rewards")
+    shown = [pair for pair in pairs for _ in range(SAMPLES)] if errors else pairs[:3]
+    texts = sample(model, tokenizer, shown, s.seed, max(len(pair["chosen_ids"]) for pair in pairs) + 8)
+    if errors:
+        counts = np.array([errors(text, pair["keywords"]) for text, pair in zip(texts, shown)])
+        result["errors_per_response"], result["perfect_responses"] = float(counts.mean()), float((counts == 0).mean())
+    return result, texts[:: SAMPLES if errors else 1][:3]
+
+
+def show(before, after, samples, pair, tokenizer):
+    """Print the metrics and sampled responses before and after, and one pair with its tokens marked by reward."""
+    def number(value):
+        return "–" if value is None or math.isnan(value) else f"{value:.3f}"
+
+    print(f"\n{'':28s}before   after")
+    for name, value in after.items():
+        if not math.isnan(value):
+            print(f"{name.replace('_', ' '):26s}{number(before[name]):>8s}{number(value):>8s}")
+    for sampled, old, new in samples:
+        print(f"\nprompt  {one_line(as_messages(sampled['prompt'])[-1]['content'])}\nbefore  {one_line(old)}\nafter   {one_line(new)}")
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print("\ntoken rewards " + ("(green good, red bad)" if colour else "([+good], [-bad]: more than 0.1 from 0)"))
+    for side in SIDES:
+        marked = ""
+        for token, reward in zip(pair[f"{side}_ids"].tolist(), pair[f"{side}_token_rewards"].tolist()):
+            token, pale = tokenizer.decode([token]).replace("\n", "⏎"), 235 - int(min(abs(reward) / 0.4, 1) * 150)
+            if colour:
+                marked += f"\033[30;48;2;{pale if reward > 0 else 235};{pale if reward < 0 else 235};{pale}m{token}\033[0m"
+            else:
+                marked += f"[{'+' if reward > 0 else '-'}{token}]" if abs(reward) > 0.1 else token
+        print(f"{side:10s}{marked}")
+
+
+# ----------------------------------------------------------------------------------------------- 9 the tiny model
+WARM_STEPS, WARM_ROWS, WARM_LR = 2000, 8, 3e-3
+
+
+def make_tiny(pairs, seed):
+    """-> (model, tokenizer): a small GPT-2 with random weights, warmed up on these pairs alone.
+
+    A stand-in for a pre-trained model that follows instructions: it learns to answer a prompt with something like
+    either response, a better prompt with something like the chosen, a worse prompt with something like the rejected one.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(
+        (text for pair in pairs for style in PROMPTS for side in SIDES for prompt in
+         contrastive_prompts(as_messages(pair["prompt"]), pair[side], style) for text in
+         (f"User:\n{prompt[-1]['content']}\n\nAssistant:\n", pair[side])),
+        trainers.BpeTrainer(vocab_size=2000, special_tokens=["<|end|>"], show_progress=False,
+                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=256, vocab_size=len(tokenizer),
+                                       initializer_range=0.1, bos_token_id=0, eos_token_id=0, pad_token_id=0)).eval()
+    model.shares_prompts = True
+    rows = []
+    for style in PROMPTS:
+        for i, pair in enumerate(encode(tokenizer, pairs, 256, style)[0]):
+            shown = SIDES[i % 2]  # a revision prompt shows either response
+            rows += [(pair["prompt_ids" if kind == "plain" else f"{shown}_{kind}_ids"].tolist(), pair[f"{side}_ids"].tolist())
+                     for kind, side in (("plain", "chosen"), ("plain", "rejected"), ("better", "chosen"), ("worse", "rejected"))]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_LR, weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    for step in tqdm(range(WARM_STEPS), desc="warm up", unit=" steps", delay=2, leave=False):
+        some = [rows[i] for i in torch.randint(len(rows), (WARM_ROWS,), generator=generator)]
+        logps, mask = response_logps(model, [prompt for prompt, _ in some], [response for _, response in some])
+        (-logps.sum() / mask.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = WARM_LR * schedule(step, WARM_STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, tokenizer
+
+
+# ------------------------------------------------------------------------------------------------ 10 command line
+BETA, GAMMA = {"dpo": 0.1, "simpo": 2.5}, {"dpo": 0.0, "simpo": 1.0}  # DPO's own; the middle of SimPO's published range
+
+
+def default_lr(parameters):
+    """5e-7, published for 8e9 parameters, grows as the size falls, by its square root: 4e-6 at 135e6, 1e-4 at 2e5."""
+    return float(f"{5e-7 * math.sqrt(8e9 / parameters):.1e}")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite int or float from low to high; above: low itself is out."""
+    def parse(text):
+        try:
+            value = kind(text)
+            if math.isfinite(value) and (low < value if above else low <= value) and value <= high:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
+                                         f"{'above' if above else 'from'} {low}" + f" to {high}" * math.isfinite(high))
+    return parse
+
+
+def share_or_count(text):
+    """An argparse type: a share between 0 and 1 if it has a point, else a whole number."""
+    return number(float, 0, 0.99)(text) if "." in text else number(int, 0)(text)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="treg.py", description="""Preference optimisation with token-level reward
+        regularisation (T-REG). Without arguments: make a tiny model, train it on tiny_data.jsonl, show what changed.""")
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--model", help="folder or hub name of a causal language model; without it, the tiny model")
+    add("--data", default=str(Path(__file__).with_name("tiny_data.jsonl")), help="pairs: a .json, .jsonl, .csv or "
+        ".parquet file or a hub data set (default tiny_data.jsonl)")
+    add("--max-pairs", type=number(int, 1), help="train on at most this many pairs")
+    add("--holdout", type=share_or_count, default=0.1, help="number or share of the pairs kept for evaluation, where "
+        "the data has no test split (default %(default)s)")
+    add("--max-length", type=number(int, 8), default=1024, help="tokens of a prompt with a response (default "
+        "%(default)s): a longer prompt loses text on the left, a longer response drops its pair")
+    add = parser.add_argument_group("the loss").add_argument
+    add("--algorithm", choices=("dpo", "simpo"), default="dpo", help="implicit token rewards (default %(default)s)")
+    add("--alpha", type=number(float, 0), default=0.25, help="strength of the regulariser (default %(default)s); 0 is "
+        "plain DPO or SimPO; up to 2 every token keeps the sign of its gradient")
+    add("--beta", type=number(float, 0, above=True), help=f"reward scale (default {BETA})")
+    add("--gamma", type=number(float, 0), help=f"target margin (default {GAMMA})")
+    add("--weighting", choices=("sequence", "static"), default="sequence", help="weight of the regulariser: the weight "
+        "in the preference loss's gradient, or the constant 1/2 (default %(default)s)")
+    add = parser.add_argument_group("the token rewards").add_argument
+    add("--token-rewards", choices=("contrastive", "sft", "dpo"), default="contrastive", help="from contrastive prompts; "
+        "1 on chosen and 0 on rejected tokens; or from a model trained by DPO first (default %(default)s)")
+    add("--prompts", default="auto", help="answer, revise, a .json file with your own better and worse, or auto: measure "
+        "answer and revise on 200 training pairs and take the better (default)")
+    add("--check-prompts", action="store_true", help="only measure how well the prompts tell chosen from rejected")
+    add("--reward-model", help="model that writes the token rewards, if not the untrained one; same tokenizer")
+    add = parser.add_argument_group("the training").add_argument
+    add("--lr", type=number(float, 0, above=True), help="peak learning rate (default 5e-7 x sqrt(8e9 / parameters))")
+    add("--epochs", type=number(int, 1), help="passes over the pairs (default 1; the tiny model 3)")
+    add("--steps", type=number(int, 1), help="optimiser steps, in place of epochs")
+    add("--batch-size", type=number(int, 1), default=8, help="pairs in a batch (default %(default)s)")
+    add("--accumulate", type=number(int, 1), default=1, help="batches in an optimiser step (default %(default)s)")
+    add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="order of pairs, samples, tiny model (default %(default)s)")
+    add = parser.add_argument_group("the machine").add_argument
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of matrix products; weights, log-softmax and token "
+        "rewards are float32 (default %(default)s)")
+    add("--out", help="new folder for the model, metrics.jsonl and summary.json (default runs/<time>)")
+    add("--save-every", type=number(int, 1), default=200, help="steps between checkpoints (default %(default)s)")
+    add("--resume", action="store_true", help="go on with the run in --out where it was stopped")
+    s = parser.parse_args(argv)
+    if s.resume and not s.out:
+        parser.error("argument --resume: needs --out, the folder of the run to go on with")
+    s.beta, s.gamma = s.beta or BETA[s.algorithm], GAMMA[s.algorithm] if s.gamma is None else s.gamma
+    s.epochs = s.epochs or (1 if s.model else 3)
+    return s
+
+
+def choose_device(name):
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda") or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: not on this machine, which has {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
+
+
+def read_prompts(name):
+    """--prompts -> "auto", a name in PROMPTS, or the templates of a .json file."""
+    if name == "auto" or name in PROMPTS:
+        return name
+    if not Path(name).is_file():
+        raise UserError(f"--prompts {name}: no such file; use auto, {', '.join(PROMPTS)} or a .json file")
+    style = parse_json(Path(name).read_bytes(), name)
+    if not isinstance(style, dict) or not all(isinstance(style.get(side), str) for side in ("better", "worse")):
+        raise UserError(f'--prompts {name}: must be an object with the texts "better" and "worse"')
+    for side in ("better", "worse"):
+        fields = set(re.findall(r"\{(\w*)\}", style[side]))
+        if "prompt" not in fields or fields > {"prompt", "response"}:
+            raise UserError(f"--prompts {name}: {side} needs the field {{prompt}}, may have {{response}}, and no other")
+    return {side: style[side] for side in ("better", "worse")}
+
+
+def load_model(name, flag, device, checkpointing=False):
+    """-> (model with float32 weights and no dropout, tokenizer with a chat template), from a folder or the hub."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = Path(name)
+    if (folder.exists() or name.startswith((".", "/", "~"))) and not (folder / "config.json").is_file():
+        raise UserError(f"{flag} {name}: is no model folder; it must be there and hold a config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        # asked for, as 16-bit weights would otherwise stay so, and round small updates away
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"{flag} {name}: cannot be loaded ({one_line(error)}); name a folder that save_pretrained wrote, "
+                        "model and tokenizer, or a hub name where the hub can be reached") from None
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise UserError(f"{flag} {name}: the tokenizer has {len(tokenizer)} tokens, the model {embeddings}; they do not "
+                        "belong together")
+    if tokenizer.chat_template is None:
+        begins = tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        tokenizer.chat_template = "{{ bos_token }}" * bool(begins) + PLAIN_TEMPLATE
+    if end_token(tokenizer) is None:
+        raise UserError(f"{flag} {name}: the tokenizer has no end token; set its eos_token")
+    if checkpointing:  # it asks for training mode, which dropout must not get: else π is not π_ref at step 0
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in model.modules():
+            module.training = hasattr(module, "gradient_checkpointing")
+    return model, tokenizer
+
+
+def load_data(s):
+    """-> (training pairs, pairs for evaluation): the test split if there is one, else --holdout of all pairs."""
+    pairs, test = load_pairs(s.data), load_pairs(s.data, "test")
+    if not test:
+        count = int(s.holdout * len(pairs)) if isinstance(s.holdout, float) else s.holdout
+        order = np.random.default_rng(s.seed).permutation(len(pairs))
+        test, pairs = [pairs[i] for i in sorted(order[:count])], [pairs[i] for i in sorted(order[count:])]
+    if not pairs:
+        raise UserError(f"{s.data}: --holdout {s.holdout} and other splits leave no pair to train on")
+    return pairs[:s.max_pairs], test
+
+
+def choose_prompts(model, tokenizer, pairs, s, style, scorer):
+    """Measure a style, for "auto" each of PROMPTS, on up to 200 pairs, and print how they do. -> the best style."""
+    results = []
+    for name, style in [(name, name) for name in PROMPTS] if style == "auto" else [(s.prompts, style)]:
+        some, _ = encode(tokenizer, pairs[:200], s.max_length, style)
+        if not some:
+            raise UserError(f"--max-length {s.max_length}: none of the first 200 pairs fits with the prompts {name}")
+        share, low, high = pair_accuracy(annotate(model, tokenizer, some, style, scorer, s.batch_size))
+        print(f"prompts {name}: pair accuracy {share:.3f} (95 % interval {low:.3f} to {high:.3f}, {len(some)} pairs)")
+        results.append((share, low, name, style))
+    share, low, name, style = max(results, key=lambda result: result[0])
+    if low <= 0.5:
+        print(f"warning: by the prompts {name} this model cannot tell chosen from rejected better than chance, so the "
+              "regulariser would push at random; write prompts of your own (--prompts FILE.json) or use --alpha 0")
+    return style
+
+
+def digest(*parts):
+    """sha256 of texts and arrays: the same data, weights or annotation have the same."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
+    return total.hexdigest()
+
+
+def weights_digest(model):
+    return digest(*(part for name, value in model.state_dict().items() for part in (name, value.cpu().numpy())))
+
+
+ANNOTATION = [f"{side}_{name}" for side in SIDES for name in ("ref_logps", "token_rewards")]
+
+
+def load_annotation(path, key, pairs):
+    """-> the pairs with the annotation kept in path, or None unless it was written whole and for this very key."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "numpy") as file:
+            flat = {name: file.get_tensor(name) for name in ANNOTATION}
+            if file.metadata() != {"key": key, "digest": digest(*flat.values())}:
+                return None
+    except (OSError, SafetensorError):
+        return None
+    ends = {side: np.cumsum([len(pair[f"{side}_ids"]) for pair in pairs])[:-1] for side in SIDES}
+    split = {name: np.split(flat[name], ends[name.partition("_")[0]]) for name in ANNOTATION}
+    return [{**pair, **{name: split[name][i] for name in ANNOTATION}} for i, pair in enumerate(pairs)]
+
+
+def save_annotation(path, key, pairs):
+    from safetensors.numpy import save_file
+    flat = {name: np.concatenate([pair[name] for pair in pairs]) for name in ANNOTATION}
+    write(path, lambda path: save_file(flat, path, {"key": key, "digest": digest(*flat.values())}))
+
+
+@contextlib.contextmanager
+def measure(name, device, summary):
+    """Write a phase's seconds, CPU seconds, computed positions and the peak memory into summary."""
+    def now():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return np.array([time.perf_counter(), time.process_time(), response_logps.positions])
+
+    start = now()
+    yield
+    seconds, cpu_seconds, tokens = (now() - start).tolist()
+    summary |= {f"{name}_seconds": seconds, f"{name}_cpu_seconds": cpu_seconds, f"{name}_tokens": int(tokens)}
+    summary[f"{name}_peak_memory_bytes"] = summary["peak_memory_bytes"] = (  # so far
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def variant_rewards(model, pairs, train_pairs, s):
+    """Overwrite the token rewards of pairs by those of the paper's variants "sft" and "dpo"."""
+    if s.token_rewards == "dpo":
+        start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+        train(model, train_pairs, argparse.Namespace(**{**vars(s), "algorithm": "dpo", "alpha": 0.0, "gamma": 0.0,
+                                                        "beta": BETA["dpo"]}))
+    with torch.no_grad():
+        for pack in packs(pairs, s.batch_size):
+            if s.token_rewards == "dpo":
+                logps, mask = plain_logps(model, pack, s.dtype)
+                set_columns(pack, "token_rewards", token_rewards(logps, padded(pack, "ref_logps", logps.device), mask))
+            else:
+                for pair in pack:
+                    pair["chosen_token_rewards"] = np.ones_like(pair["chosen_ref_logps"])
+                    pair["rejected_token_rewards"] = np.zeros_like(pair["rejected_ref_logps"])
+    if s.token_rewards == "dpo":
+        model.load_state_dict(start)
+
+
+def run(s):
+    """One command line, from the files to the trained model."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    device, style = choose_device(s.device), read_prompts(s.prompts)
+    out = Path(s.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a new folder")
+    if s.resume and (out / "summary.json").exists():
+        return print(f"{out}: this run is finished; its results are in summary.json")
+    if not s.resume and out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: is not empty; name a new folder, or go on with the run in it by --resume")
+    train_text, test_text = load_data(s)
+    if s.model:
+        model, tokenizer = load_model(s.model, "--model", device, s.gradient_checkpointing)
+    else:
+        warm = load_pairs(s.data, "warmup")
+        if not warm:
+            raise UserError(f"--data {s.data}: has no warmup split to make the tiny model from; name a --model")
+        model, tokenizer = make_tiny(warm, s.seed)
+        model.to(device)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    s.lr, s.max_length = s.lr or default_lr(size), min(s.max_length, model.config.max_position_embeddings)
+    print(f"model: {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, learning rate {s.lr}")
+    if s.lr > 1e-5 and size > 1e8:
+        print(f"warning: --lr {s.lr} is one for adapters; to train all of this model, try {default_lr(size)}")
+    scorer = None
+    if s.reward_model:
+        scorer, other = load_model(s.reward_model, "--reward-model", device)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"--reward-model {s.reward_model}: has another tokenizer than the model, so that its token "
+                            "rewards would be for other tokens; name one with the same")
+    if not s.alpha or s.token_rewards != "contrastive":
+        style = None
+    elif style == "auto" or s.check_prompts:
+        style = choose_prompts(model, tokenizer, train_text, s, style, scorer)
+    if s.check_prompts:
+        return
+    data = []
+    for name, pairs in (("train", train_text), ("test", test_text)):
+        pairs, report = encode(tokenizer, pairs, s.max_length, style)
+        print(f"{name}: {len(pairs)} pairs" + f" ({report})" * bool(report))
+        data += [{**pair, "split": name} for pair in pairs]
+    if not data or data[0]["split"] != "train":
+        raise UserError(f"{s.data}: no pair is left to train on; the counts above say why")
+    # the longest pair in all its forms: are its log-probs the same computed together, and how long does it take?
+    positions = lambda pair, ends="_ids": sum(len(value) for name, value in pair.items() if name.endswith(ends))
+    longest = max(data, key=positions)
+    prompts = [longest["prompt_ids"].tolist()] * 2
+    if style:
+        prompts += columns([longest], "better_ids") + columns([longest], "worse_ids")
+    start, before = time.perf_counter(), response_logps.positions
+    error = share_prompts(model, prompts, columns([longest], "ids") * (len(prompts) // 2))
+    seconds = (time.perf_counter() - start) / (response_logps.positions - before)
+    if not model.shares_prompts:
+        print(f"note: with shared prompts this model's log-probs differ by {error:.1e}, so every response is computed alone")
+    if scorer:
+        share_prompts(scorer, prompts, columns([longest], "ids") * (len(prompts) // 2))
+    total = sum(positions(pair) for pair in data)
+    total += 3 * s.epochs * sum(len(pair["prompt_ids"]) + positions(pair, "n_ids") for pair in data) * (s.steps is None)
+    print(f"time: about {total * seconds / 60:.1f} minutes on {device}, by the speed of the longest pair")
+    key = digest(weights_digest(model), weights_digest(scorer) if scorer else "",
+                 *(part for pair in data for name in sorted(pair) if name.endswith("_ids") for part in (name, pair[name])))
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    settings = {**vars(s), "style": style, "data_and_weights": key, "versions": versions}
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "settings.json").exists():
+        saved = json.loads((out / "settings.json").read_text())
+        changed = [f"{name} was {saved.get(name)}, is {value}" for name, value in settings.items()
+                   if saved.get(name) != value and name not in ("out", "resume", "save_every")]
+        if changed:
+            raise UserError(f"--resume: the run in {out} is another one: " + "; ".join(changed))
+    write(out / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    summary = {}
+    with measure("annotate", device, summary):
+        pairs = load_annotation(out / "annotation.safetensors", key, data)
+        if pairs is None:
+            pairs = annotate(model, tokenizer, data, style, scorer, s.batch_size, s.max_length, s.dtype)
+            if s.alpha and s.token_rewards != "contrastive":
+                variant_rewards(model, pairs, [pair for pair in pairs if pair["split"] == "train"], s)
+            save_annotation(out / "annotation.safetensors", key, pairs)
+    del scorer
+    train_pairs, test_pairs = ([pair for pair in pairs if pair["split"] == split] for split in ("train", "test"))
+    if style:
+        share, low, high = pair_accuracy(train_pairs)
+        print(f"token rewards: pair accuracy {share:.3f} on {len(train_pairs)} training pairs")
+    errors = judge(pairs) if all("keywords" in pair for pair in pairs) else None
+    before, old = evaluate(model, tokenizer, test_pairs, s, errors) if test_pairs else ({}, [])
+    with measure("train", device, summary):
+        steps = train(model, train_pairs, s, out)
+    after, new = evaluate(model, tokenizer, test_pairs, s, errors) if test_pairs else ({}, [])
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    constant = ("credit_auroc", "credit_auroc_pooled") + ("accuracy", "margin") * (s.algorithm == "dpo")
+    before = {name: None if name in constant else value for name, value in before.items()}
+    shown = (test_pairs or train_pairs)[0]
+    show(before, after, list(zip(test_pairs, old, new)), shown, tokenizer)
+    summary = {"before": before, "after": after, "steps": steps, "pairs": len(train_pairs), **summary}
+    write(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    for name in ("annotate", "train"):
+        print(f"{name}: {summary[name + '_seconds']:.1f} s, {summary[name + '_tokens']:,} tokens, "
+              f"peak memory {summary[name + '_peak_memory_bytes'] / 2**30:.2f} GiB")
+    print(f"model, metrics.jsonl, settings.json and summary.json are in {out}")
+
+
+def main(argv=None):
+    s = parse(argv)
+    try:
+        run(s)
+    except torch.OutOfMemoryError:
+        error = "out of memory; try --gradient-checkpointing, a smaller --max-length, or --dtype bf16"
+    except UserError as problem:
+        error = problem
+    except OSError as problem:
+        error = f"{problem.filename or s.out}: {problem.strerror or problem}"
+    except (Stopped, KeyboardInterrupt) as stop:
+        print(f"treg.py: {stop if stop.args else 'stopped before training'}", file=sys.stderr)
+        return 130
+    else:
+        return 0
+    print(f"treg.py: error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
