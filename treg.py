@@ -25,6 +25,7 @@ token t, and a mask says where a response has a token. All logs are natural; a r
 import argparse
 import contextlib
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -119,6 +120,7 @@ def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weig
 
 # ------------------------------------------------------------------------------------------------------- 4 data
 SIDES = ("chosen", "rejected")
+bar = functools.partial(tqdm, delay=2, leave=False)  # a progress bar for what takes more than two seconds
 
 
 class UserError(Exception):
@@ -132,7 +134,7 @@ def load_pairs(source, split="train"):
     list of {role, content}; chosen and rejected, texts; where, "file:line"; chosen_errors, rejected_errors (character
     spans of bad text) and keywords where the row has them. UserError names the line of a bad row.
     """
-    rows = tqdm(read_rows(str(source), split), desc="read", unit=" rows", delay=2, leave=False)
+    rows = bar(read_rows(str(source), split), desc="read", unit=" rows")
     return [read_pair(row, where) for where, row in rows
             if not isinstance(row, dict) or (row.get("split") or "train") == split]
 
@@ -140,49 +142,40 @@ def load_pairs(source, split="train"):
 def read_rows(source, split):
     """Yield (where, row) for every row."""
     path, kind, count = Path(source), source.removesuffix(".gz").rpartition(".")[2], 0
-    if kind not in ("json", "jsonl", "csv", "parquet") and not path.exists():
+    known = kind in ("json", "jsonl", "csv", "parquet")
+    if not known and not path.exists():
         yield from read_hub(source, split)
         return
-    if not path.is_file() or kind not in ("json", "jsonl", "csv", "parquet"):
+    if not path.is_file() or not known:
         why = "is a folder" if path.is_dir() else "unknown ending" if path.exists() else "no such file"
         raise UserError(f"{path}: {why}; name a .json, .jsonl, .csv or .parquet file")
     try:
-        if kind == "parquet":
+        file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+        if kind == "jsonl":  # as bytes: only a newline ends a line, and a bad byte is known by its line
+            rows = ((n, parse_json(line, f"{path}:{n}")) for n, line in enumerate(file, 1)
+                    if line.strip(b"\xef\xbb\xbf \t\r\n"))
+        elif kind == "json":
+            rows = parse_json(file.read(), path)
+            if not isinstance(rows, list):
+                raise UserError(f"{path}: must hold one list of rows; if it has a row a line, name it .jsonl")
+            rows = ((f"row {n}", row) for n, row in enumerate(rows, 1))
+        elif kind == "csv":  # the standard library leaves every cell the text that it is, "NA" and "42" too
+            csv.field_size_limit(sys.maxsize)
+            reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), restkey="", strict=True)
+            rows = ((reader.line_num, {name: cell for name, cell in row.items() if cell}) for row in reader)
+        else:
             from datasets import Dataset
             rows = ((f"row {n}", row) for n, row in enumerate(Dataset.from_parquet(source), 1))
-        else:
-            file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-            rows = {"json": read_json, "jsonl": read_jsonl, "csv": read_csv}[kind](file, path)
         for count, (line, row) in enumerate(rows, 1):
+            if kind == "csv" and "" in row:
+                raise UserError(f"{path}:{line}: more cells than columns; quote the cells that hold commas")
             yield f"{path}:{line}", row
-    except UserError:
+    except (UserError, GeneratorExit):
         raise
     except Exception as error:  # gzip, csv and Arrow each have their own
         raise UserError(f"{path}: damaged after row {count} ({one_line(error)}); write the .{kind} file again") from None
     if not count:
         raise UserError(f"{path}: holds no rows; a row has prompt, chosen and rejected")
-
-
-def read_jsonl(file, path):
-    for n, line in enumerate(file, 1):  # bytes: only a newline ends a line, and a bad byte is known by its line
-        if line.strip(b"\xef\xbb\xbf \t\r\n"):
-            yield n, parse_json(line, f"{path}:{n}")
-
-
-def read_json(file, path):
-    rows = parse_json(file.read(), path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: must hold one list of rows; if it has a row a line, name it .jsonl")
-    return ((f"row {n}", row) for n, row in enumerate(rows, 1))
-
-
-def read_csv(file, path):  # the standard library's reader leaves every cell the text that it is, "NA" and "42" too
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
-    for row in reader:
-        if None in row or None in row.values():
-            raise UserError(f"{path}:{reader.line_num}: not as many cells as columns; quote cells that hold commas")
-        yield reader.line_num, {name: cell for name, cell in row.items() if cell}
 
 
 def read_hub(name, split):
@@ -246,12 +239,12 @@ def read_pair(row, where):
             raise UserError(f"{where}: chosen and rejected must be the same up to their last message")
         shared, chosen, rejected = chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
     if prompt is None and "instruction" in row:
-        parts = [read_text(row.get(name) or "", name, where, blank=name == "input") for name in ("instruction", "input")]
-        prompt = "\n\n".join(filter(str.strip, parts))
+        extra = read_text(row["input"], "input", where, blank=True) if row.get("input") is not None else ""
+        prompt = read_text(row["instruction"], "instruction", where) + f"\n\n{extra}" * bool(extra.strip())
     elif prompt is None and "question" in row:
-        system = read_text(row.get("system") or "", "system", where, blank=True)
-        prompt = [{"role": "system", "content": system}] * bool(system.strip())
-        prompt += [{"role": "user", "content": read_text(row["question"], "question", where)}]
+        system = row.get("system") not in (None, "")
+        prompt = [{"role": role, "content": row[name]} for role, name in (("system", "system"), ("user", "question"))]
+        prompt = prompt[not system:]
     elif prompt is None and not shared:  # the prompt is what both begin with; Anthropic HH marks its end
         prompt = os.path.commonprefix([chosen, rejected])
         if "\n\nAssistant:" in prompt:
@@ -346,7 +339,7 @@ def fit(tokenizer, pair, room, style):
     while room > 0:
         forms = {"prompt_ids": messages}
         if style:
-            for side in ("chosen", "rejected"):
+            for side in SIDES:
                 forms[f"{side}_better_ids"], forms[f"{side}_worse_ids"] = contrastive_prompts(messages, pair[side], style)
         try:
             ids = {name: np.array(prompt_ids(tokenizer, form), np.int32) for name, form in forms.items()}
@@ -370,8 +363,8 @@ def encode(tokenizer, pairs, max_length, style=None):
     prompts), with error spans chosen_good and rejected_good. max_length counts a prompt with a response, in tokens.
     """
     end, encoded, same, long, cut = end_token(tokenizer), [], 0, 0, 0
-    for pair in tqdm(pairs, desc="encode", unit=" pairs", delay=2, leave=False):
-        ids = {f"{side}_ids": np.array(response_ids(tokenizer, pair[side], end), np.int32) for side in ("chosen", "rejected")}
+    for pair in bar(pairs, desc="encode", unit=" pairs"):
+        ids = {f"{side}_ids": np.array(response_ids(tokenizer, pair[side], end), np.int32) for side in SIDES}
         if np.array_equal(ids["chosen_ids"], ids["rejected_ids"]):
             same += 1
             continue
@@ -380,12 +373,12 @@ def encode(tokenizer, pairs, max_length, style=None):
             long += 1
             continue
         cut += fitted[1]
-        good = {f"{side}_good": good_tokens(tokenizer, pair[side], pair[f"{side}_errors"])
-                for side in ("chosen", "rejected") if f"{side}_errors" in pair}
+        good = {f"{side}_good": good_tokens(tokenizer, pair[side], pair[f"{side}_errors"])[:len(ids[f"{side}_ids"]) - 1]
+                for side in SIDES if f"{side}_errors" in pair}
         encoded.append({**pair, **ids, **fitted[0], **good})
     return encoded, "; ".join(
         [f"{same} dropped: chosen and rejected are the same"] * bool(same)
-        + [f"{long} dropped: a response does not fit into {max_length} tokens"] * bool(long)
+        + [f"{long} dropped: longer than {max_length} tokens"] * bool(long)
         + [f"{cut} prompts shortened on the left to fit {max_length} tokens"] * bool(cut))
 
 
@@ -472,7 +465,7 @@ def packs(pairs, size):
 
 def columns(pairs, name):
     """The chosen_* column of all pairs, then the rejected_* column, as lists."""
-    return [pair[f"{side}_{name}"].tolist() for side in ("chosen", "rejected") for pair in pairs]
+    return [pair[f"{side}_{name}"].tolist() for side in SIDES for pair in pairs]
 
 
 def padded(pairs, name, device):
@@ -483,7 +476,7 @@ def padded(pairs, name, device):
 def set_columns(pairs, name, values):
     """Write (2B, T) values, chosen rows first, into the pairs without their padding."""
     values = iter(values.float().cpu().numpy())
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         for pair in pairs:
             pair[f"{side}_{name}"] = next(values)[:len(pair[f"{side}_ids"])].copy()
 
@@ -506,7 +499,7 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
     if pairs and "prompt_ids" not in pairs[0]:
         pairs, _ = encode(tokenizer, pairs, max_length, style)
     pairs = [dict(pair) for pair in pairs]
-    with tqdm(total=len(pairs), desc="annotate", unit=" pairs", delay=2, leave=False) as bar:
+    with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
         for pack in packs(pairs, batch_size):
             ref_logps, mask = plain_logps(model, pack, dtype)
             rewards = torch.zeros_like(ref_logps)
@@ -516,7 +509,7 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
                 rewards = token_rewards(*logps.chunk(2), mask)
             set_columns(pack, "ref_logps", ref_logps)
             set_columns(pack, "token_rewards", rewards)
-            bar.update(len(pack))
+            done.update(len(pack))
     return pairs
 
 
@@ -569,9 +562,8 @@ def train(model, pairs, s, out=None):
     total = s.steps or s.epochs * per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0, fused=True)
     first, order = resume(out, model, optimizer) if out else 0, None
-    with stop_requests() as asked, tqdm(range(first, total), desc="train", unit=" steps", initial=first, total=total, delay=2,
-                              leave=False) as bar:
-        for step in bar:
+    with stop_requests() as asked, bar(range(first, total), desc="train", unit=" steps", initial=first, total=total) as steps:
+        for step in steps:
             epoch, place = divmod(step, per_epoch)
             if order is None or place == 0:  # a function of seed and epoch alone: a resumed run needs no random state
                 order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed + epoch)).tolist()
@@ -590,7 +582,7 @@ def train(model, pairs, s, out=None):
             optimizer.param_groups[0]["lr"] = row["lr"]
             optimizer.step()
             optimizer.zero_grad()
-            bar.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['margin']:.3f}", refresh=False)
+            steps.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['margin']:.3f}", refresh=False)
             if out:
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"step": step + 1, **row}) + "\n")
@@ -663,7 +655,7 @@ def credit_auroc(scores, is_good):
 def auroc(pairs, name):
     """Credit AUROC of the *_name columns: (mean within a response, pooled over all tokens); the end token is not scored."""
     rows = [(pair[f"{side}_{name}"][:-1], pair[f"{side}_good"])
-            for pair in pairs for side in ("chosen", "rejected") if f"{side}_good" in pair]
+            for pair in pairs for side in SIDES if f"{side}_good" in pair]
     within = [value for value in (credit_auroc(*row) for row in rows) if not math.isnan(value)]
     if not within:
         return math.nan, math.nan
@@ -678,7 +670,7 @@ def judge(pairs):
     def shape(text):
         return re.sub(r"\w+", lambda word: slots.get(word[0], word[0]), text.strip())
 
-    shapes = {shape(pair[side]) for pair in pairs for side in ("chosen", "rejected")}
+    shapes = {shape(pair[side]) for pair in pairs for side in SIDES}
 
     def errors(text, keywords):
         missing = len(set(keywords) - set(re.findall(r"\w+", text)))
@@ -691,7 +683,7 @@ def sample(model, tokenizer, pairs, seed, most=128):
     """-> one response a pair, drawn from the model as it is (temperature 1, nothing cut off), at most `most` tokens."""
     end, texts = end_token(tokenizer), []
     torch.manual_seed(seed)
-    for start in tqdm(range(0, len(pairs), 128), desc="sample", unit=" batches", delay=2, leave=False):
+    for start in bar(range(0, len(pairs), 128), desc="sample", unit=" batches"):
         prompts = [torch.tensor(pair["prompt_ids"].tolist()) for pair in pairs[start:start + 128]]
         ids = pad_sequence(prompts, batch_first=True, padding_value=end, padding_side="left").to(model.device)
         real = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left").to(model.device)
@@ -783,7 +775,7 @@ def make_tiny(pairs, seed):
                      for kind, side in (("plain", "chosen"), ("plain", "rejected"), ("better", "chosen"), ("worse", "rejected"))]
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_LR, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    for step in tqdm(range(WARM_STEPS), desc="warm up", unit=" steps", delay=2, leave=False):
+    for step in bar(range(WARM_STEPS), desc="warm up", unit=" steps"):
         some = [rows[i] for i in torch.randint(len(rows), (WARM_ROWS,), generator=generator)]
         logps, mask = response_logps(model, [prompt for prompt, _ in some], [response for _, response in some])
         (-logps.sum() / mask.sum()).backward()
