@@ -28,6 +28,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -99,7 +100,7 @@ def simpo_rewards(logps, mask, beta):
     |y| is the number of tokens of the response, end token included.
     """
     length = mask.bool().sum(-1, keepdim=True).clamp(min=1)
-    return beta / length * torch.where(mask.bool(), logps, 0.0)
+    return beta * torch.where(mask.bool(), logps, 0.0) / length
 
 
 def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weighting="sequence"):
@@ -417,7 +418,9 @@ def response_logps(model, prompts, responses):
             sees = (node[:, None] >= node) & (node[:, None] < ends)
             tree = {"position_ids": positions[None], "attention_mask": sees[None, None]}
         # the output head is most of a small model: only positions that predict a response token go through it
-        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=sources, **tree).logits[0]
+        keep = {"logits_to_keep": sources} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        logits = model(input_ids=ids[None], use_cache=False, **keep, **tree).logits[0]
+        logits = logits if keep else logits[sources]
         logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # float32 also where logits are bfloat16
         for i, values in zip(group, logps.split([len(responses[i]) for i in group])):
             found[i] = values
