@@ -352,6 +352,13 @@ def one_at_a_time(model, prompts, responses):
     return rows
 
 
+def one_pass(model, prompt, response):
+    """The same by one pass over prompt and response, for longer ones."""
+    with torch.no_grad():
+        logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    return [logps[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
+
+
 KINDS = {"gpt2": {}, "llama": {"num_key_value_heads": 2}, "qwen2": {"num_key_value_heads": 2}, "gpt_neox": {}}
 
 
@@ -426,3 +433,211 @@ def test_logits_exist_only_where_a_response_token_is_predicted():
         seen.clear()
         treg.response_logps(model, prompts, responses)
         assert sum(seen) == sum(map(len, responses))
+
+
+# ------------------------------------------------------------------------------ 6 annotate, 7 train, 8 evaluate
+def options(*flags, **settings):
+    """The settings of a command line, as run() completes them."""
+    s = treg.parse(["--model", "unused", *map(str, flags)])
+    s.lr = s.lr or 1e-3
+    return argparse.Namespace(**{**vars(s), **settings})
+
+
+def annotated(kind="gpt2", count=7, **settings):
+    """-> (model, tokenizer, count pairs with reference log-probs and token rewards)."""
+    model, tokenizer = small_model(kind, **KINDS[kind])
+    model.shares_prompts = True
+    pairs = treg.load_pairs(HERE / "tiny_data.jsonl")[:count]
+    return model, tokenizer, treg.annotate(model, tokenizer, pairs, max_length=512, **settings)
+
+
+def test_annotate_gives_columns_that_other_trainers_can_use():
+    model, tokenizer, pairs = annotated()
+    end = treg.end_token(tokenizer)
+    for pair in pairs:
+        for side in treg.SIDES:
+            ids = pair[f"{side}_ids"].tolist()
+            assert tokenizer.decode(ids[:-1]) == pair[side] and ids[-1] == end and ids.count(end) == 1
+            better, worse = treg.contrastive_prompts(treg.as_messages(pair["prompt"]), pair[side], "answer")
+            logps = [one_pass(model, treg.prompt_ids(tokenizer, m), ids)
+                     for m in (treg.as_messages(pair["prompt"]), better, worse)]
+            close(pair[f"{side}_ref_logps"], logps[0], "reference log-probs after the plain prompt", 2e-5)
+            close(pair[f"{side}_token_rewards"], 1 / (1 + np.exp(np.subtract(logps[2], logps[1]))) - 0.5,
+                  "r̂ = σ(better − worse) − ½, the end token included", 2e-5)
+            assert np.abs(pair[f"{side}_token_rewards"]).max() > 1e-3
+
+
+def test_revision_prompts_show_each_response_its_own_text():
+    model, tokenizer, pairs = annotated(style="revise", count=2)
+    for pair in pairs:
+        for side, other in zip(treg.SIDES, treg.SIDES[::-1]):
+            for form in ("better", "worse"):
+                text = tokenizer.decode(pair[f"{side}_{form}_ids"])
+                assert pair[side] in text and pair[other] not in text, f"{form} prompt of the {side} response"
+
+
+def test_token_rewards_come_from_the_reward_model_if_there_is_one():
+    model, tokenizer, pairs = annotated()
+    scorer, _ = small_model("llama", **KINDS["llama"])
+    other = treg.annotate(model, tokenizer, pairs, reward_model=scorer)
+    for mine, its in zip(pairs, other):
+        assert np.allclose(mine["chosen_ref_logps"], its["chosen_ref_logps"], atol=1e-5)
+        assert not np.allclose(mine["chosen_token_rewards"], its["chosen_token_rewards"], atol=1e-2)
+
+
+def test_annotation_does_not_depend_on_the_batch():
+    results = [annotated(batch_size=size)[2] for size in (1, 7)]
+    for one, seven in zip(*results):
+        for name in treg.ANNOTATION:
+            close(one[name], seven[name].astype(float), name, 1e-5)
+
+
+def test_pair_accuracy_and_its_interval_by_hand():
+    """Mean r̂ higher, lower, equal: accuracy (1 + 0 + ½) / 3 = ½. Wilson at n = 3, z = 1.96: ½ ± z √(¼/3 + z²/36) / (1 + z²/3)."""
+    pairs = [{"chosen_token_rewards": np.array(c), "rejected_token_rewards": np.array(r)}
+             for c, r in (([0.1, 0.3], [0.1]), ([0.0], [0.1, 0.2]), ([0.1], [0.1, 0.1]))]
+    half = 1.96 * math.sqrt(0.25 / 3 + 1.96**2 / 36) / (1 + 1.96**2 / 3)
+    assert treg.pair_accuracy(pairs) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "simpo"])
+def test_losses_pair_each_response_with_its_own_mask_reference_and_reward(algorithm):
+    """The batched loss is that of every pair by itself, from the naive log-probs."""
+    model, _, pairs = annotated()
+    s = options("--algorithm", algorithm, "--alpha", 0.5, "--beta", 0.7)
+    for pair in pairs:  # as if trained: else DPO's margin is 0 whatever is paired with what
+        for side in treg.SIDES:
+            pair[f"{side}_ref_logps"] = pair[f"{side}_ref_logps"] - np.linspace(0, 1, len(pair[f"{side}_ids"]), dtype=np.float32)
+    loss, metrics, _ = treg.losses(model, pairs, s)
+    for i, pair in enumerate(pairs):
+        rewards = []
+        for side in treg.SIDES:
+            ids = pair[f"{side}_ids"].tolist()
+            logps = double(one_pass(model, pair["prompt_ids"].tolist(), ids))
+            ones = torch.ones_like(logps)
+            rewards.append(treg.dpo_rewards(logps, double(pair[f"{side}_ref_logps"].tolist()), ones, 0.7)
+                           if algorithm == "dpo" else treg.simpo_rewards(logps, ones, 0.7))
+        hats = [double(pair[f"{side}_token_rewards"].tolist()) for side in treg.SIDES]
+        expected, margin = treg.treg_loss(*rewards, *hats, 0.5, s.gamma)
+        close(loss[i].item(), expected[0].item(), f"loss of pair {i}", 1e-4)
+        close(metrics[i, 1].item(), margin[0].item(), f"margin of pair {i}", 1e-4)
+        agreement = sum((r * h).sum().item() for r, h in zip(rewards, hats))
+        close(metrics[i, 4].item(), agreement, f"agreement of pair {i}", 1e-4)
+
+
+def test_accuracy_counts_a_tie_half_and_leaves_gamma_out():
+    """z = Σr(chosen) − Σr(rejected) − γ: accuracy asks whether the chosen response's reward is the higher, z + γ > 0."""
+    assert treg.accuracy(torch.tensor([-0.5, -1.0, -1.5]), 1.0).tolist() == [1.0, 0.5, 0.0]
+
+
+def train_here(pairs_and_model=None, out=None, **settings):
+    model, _, pairs = pairs_and_model or annotated()
+    if out:
+        out.mkdir(exist_ok=True)
+    treg.train(model, pairs, options(**settings), out)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_first_step_of_dpo_has_margin_zero_loss_ln_two_and_weight_half(tmp_path):
+    train_here(out=tmp_path, alpha=0.5, batch_size=4)
+    first = read_metrics(tmp_path)[0]
+    assert first["step"] == 1 and abs(first["loss"] - math.log(2)) < 1e-5, "is the reference the untrained policy?"
+    assert abs(first["margin"]) < 1e-5 and abs(first["weight"] - 0.5) < 1e-5 and abs(first["agreement"]) < 1e-5
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "simpo"])
+def test_accumulation_takes_the_step_of_one_large_batch_last_partial_batch_included(tmp_path, algorithm, monkeypatch):
+    """7 pairs, 4 a step, so that the second step has 3: batches of 4, 2 and 1 give the same metrics and weights."""
+    # plain gradient descent: Adam would hide a wrong scale
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
+    runs = {}
+    for batch, accumulate in ((4, 1), (1, 4), (2, 2)):
+        out = tmp_path / f"{batch}x{accumulate}"
+        runs[out] = train_here(out=out, algorithm=algorithm, alpha=0.5, batch_size=batch, accumulate=accumulate)
+    first, *others = runs
+    assert len(read_metrics(first)) == 2, "two steps: the last three pairs are not lost"
+    for out in others:
+        for a, b in zip(read_metrics(first), read_metrics(out)):
+            a["accuracy"] = b["accuracy"] = 0  # in DPO's first step a tie up to rounding
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-6), f"{out.name} took another step than {first.name}"
+        assert (runs[out] - runs[first]).abs().max() < 1e-6
+
+
+def test_a_step_is_the_mean_over_pairs_of_the_gradient(tmp_path):
+    """The logged loss and gradient norm of a step of three pairs against the mean of the three losses, by autograd."""
+    model, tokenizer, pairs = annotated(count=3)
+    s = options(alpha=0.5, batch_size=1, accumulate=3, beta=0.7)
+    loss = torch.cat([treg.losses(model, [pair], s)[0] for pair in pairs]).mean()
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+    train_here((annotated(count=3)), out=tmp_path, alpha=0.5, batch_size=1, accumulate=3, beta=0.7)
+    assert read_metrics(tmp_path)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert read_metrics(tmp_path)[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_training_raises_the_margin_and_every_pair_is_seen_once_an_epoch(tmp_path, monkeypatch):
+    seen, losses = [], treg.losses
+    monkeypatch.setattr(treg, "losses", lambda model, pack, s: seen.extend(p["where"] for p in pack) or losses(model, pack, s))
+    train_here(out=tmp_path, epochs=3, batch_size=2)
+    epochs = [seen[i:i + 7] for i in range(0, 21, 7)]
+    assert len(seen) == 21 and all(len(set(epoch)) == 7 for epoch in epochs) and epochs[0] != epochs[1]
+    assert read_metrics(tmp_path)[-1]["margin"] > 0.01
+
+
+def test_schedule_warms_up_then_falls_to_zero():
+    """20 steps: 2 of warm-up at ½ and 1, then ½ + ½ cos(π k / 18)."""
+    shares = [treg.schedule(step, 20) for step in range(20)]
+    assert shares[:3] == [0.5, 1.0, 1.0] and shares[11] == pytest.approx(0.5) and 0 < shares[-1] < 0.01
+    assert treg.schedule(0, 1) == 1.0
+
+
+def test_cost_grows_with_tokens_and_not_with_the_longest_row():
+    """Eight pairs, one response doubled: the tokens computed grow by that response and by no padding."""
+    model, _, pairs = annotated(count=8)
+    counts = []
+    for _ in range(2):
+        before = treg.response_logps.positions
+        treg.losses(model, pairs, options())
+        counts.append(treg.response_logps.positions - before)
+        for name in ("ids", "ref_logps", "token_rewards"):
+            pairs[0][f"chosen_{name}"] = np.tile(pairs[0][f"chosen_{name}"], 2)
+    assert counts[1] - counts[0] == len(pairs[0]["chosen_ids"]) // 4 and counts[1] < 1.3 * counts[0]
+
+
+def test_credit_auroc_by_hand():
+    """Good 3, 1, 2 against bad 1, 2: 3 beats both (2), 1 ties one (½), 2 beats one and ties one (1½): 4 of 6."""
+    assert treg.credit_auroc([3, 1, 1, 2, 2], [1, 1, 0, 0, 1]) == pytest.approx(4 / 6)
+    assert treg.credit_auroc([1, 2], [True, False]) == 0 and treg.credit_auroc([2, 1], [True, False]) == 1
+    assert math.isnan(treg.credit_auroc([1, 2], [True, True])) and math.isnan(treg.credit_auroc([], []))
+
+
+def test_auroc_leaves_the_end_token_out_and_averages_within_responses():
+    """Responses of 2 and 3 tokens and the end token: within, AUROC 1 and ½; pooled, good (2, 9) against bad (1, 8, 10): 3 of 6."""
+    pair = {"chosen_credit": np.array([2.0, 1.0, -99.0]), "chosen_good": [True, False],
+            "rejected_credit": np.array([8.0, 9.0, 10.0, 99.0]), "rejected_good": [False, True, False]}
+    assert treg.auroc([pair], "credit") == (0.75, 0.5)
+
+
+def test_samples_follow_the_models_own_distribution_and_end_at_the_end_token():
+    """A model of constant logits answers token 70 with probability ¾ and the end token with ¼: the mean length is 3."""
+    model, tokenizer, pairs = annotated(count=1)
+    bias = torch.full((257,), -1e4)
+    bias[70], bias[0] = math.log(0.75), math.log(0.25)
+    model.lm_head.forward = lambda hidden: bias.expand(*hidden.shape[:-1], -1)
+    texts = treg.sample(model, tokenizer, pairs * 500, seed=0, most=40)
+    assert set("".join(texts)) == {tokenizer.decode([70])} and np.mean([len(t) for t in texts]) == pytest.approx(3, abs=0.5)
+
+
+def test_variants_write_their_token_rewards_and_leave_the_model_as_it_was():
+    model, _, pairs = annotated()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    treg.variant_rewards(model, pairs, pairs, options("--token-rewards", "sft"))
+    assert all((p["chosen_token_rewards"] == 1).all() and (p["rejected_token_rewards"] == 0).all() for p in pairs)
+    treg.variant_rewards(model, pairs, pairs, options("--token-rewards", "dpo", "--epochs", 4, "--batch-size", 2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert np.mean([p["chosen_token_rewards"].sum() - p["rejected_token_rewards"].sum() for p in pairs]) > 0.01
+    assert max(np.abs(p[f"{side}_token_rewards"]).max() for p in pairs for side in treg.SIDES) <= 0.5

@@ -491,6 +491,17 @@ def plain_logps(model, pairs, dtype):
         return response_logps(model, [pair["prompt_ids"].tolist() for pair in pairs] * 2, columns(pairs, "ids"))
 
 
+def check_longest(model, pairs):
+    """share_prompts on the pair that is longest in all its forms. -> (largest difference, seconds per position)."""
+    pair = max(pairs, key=lambda pair: sum(len(value) for name, value in pair.items() if name.endswith("_ids")))
+    prompts = [pair["prompt_ids"].tolist()] * 2
+    if "chosen_better_ids" in pair:
+        prompts += columns([pair], "better_ids") + columns([pair], "worse_ids")
+    start, before = time.perf_counter(), response_logps.positions
+    error = share_prompts(model, prompts, columns([pair], "ids") * (len(prompts) // 2))
+    return error, (time.perf_counter() - start) / (response_logps.positions - before)
+
+
 @torch.no_grad()
 def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_size=8, max_length=1024, dtype="fp32"):
     """-> the pairs, encoded, with chosen_ and rejected_ ref_logps and token_rewards: float32 arrays of (T,).
@@ -501,14 +512,16 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
     """
     if pairs and "prompt_ids" not in pairs[0]:
         pairs, _ = encode(tokenizer, pairs, max_length, style)
-    pairs = [dict(pair) for pair in pairs]
+    pairs, scorer = [dict(pair) for pair in pairs], reward_model or model
+    for each in {model, scorer} if pairs else ():
+        check_longest(each, pairs)
     with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
         for pack in packs(pairs, batch_size):
             ref_logps, mask = plain_logps(model, pack, dtype)
             rewards = torch.zeros_like(ref_logps)
             if style:
-                logps, _ = response_logps(reward_model or model, columns(pack, "better_ids") + columns(pack, "worse_ids"),
-                                          columns(pack, "ids") * 2)
+                prompts = columns(pack, "better_ids") + columns(pack, "worse_ids")
+                logps, _ = response_logps(scorer, prompts, columns(pack, "ids") * 2)
                 rewards = token_rewards(*logps.chunk(2), mask)
             set_columns(pack, "ref_logps", ref_logps)
             set_columns(pack, "token_rewards", rewards)
@@ -702,6 +715,8 @@ SAMPLES = 4  # responses drawn for each prompt that has a judge
 
 def evaluate(model, tokenizer, pairs, s, errors=None):
     """-> (metrics of model on annotated pairs, samples). Writes the learned credit log π − log π_ref into the pairs."""
+    if not pairs:
+        return {}, []
     rows = []
     with torch.no_grad():
         for pack in packs(pairs, s.batch_size):
@@ -954,7 +969,7 @@ def choose_prompts(model, tokenizer, pairs, s, style, scorer):
 
 
 def digest(*parts):
-    """sha256 of texts and arrays: the same data, weights or annotation have the same."""
+    """sha256 of texts and arrays: the same for the same data, weights or annotation."""
     total = hashlib.sha256()
     for part in parts:
         total.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
@@ -989,9 +1004,22 @@ def save_annotation(path, key, pairs):
     write(path, lambda path: save_file(flat, path, {"key": key, "digest": digest(*flat.values())}))
 
 
+def save_settings(out, settings):
+    """Keep the settings of a new run; refuse to resume a run that had others, naming what differs."""
+    path = out / "settings.json"
+    if path.exists():
+        saved = parse_json(path.read_bytes(), path)
+        changed = [f"{name} was {saved.get(name)} and is {value}" for name, value in settings.items()
+                   if saved.get(name) != value and name not in ("out", "resume", "save_every")]
+        if changed:
+            raise UserError(f"--resume: the run in {out} is another one: {'; '.join(changed)}")
+    out.mkdir(parents=True, exist_ok=True)
+    write(path, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+
+
 @contextlib.contextmanager
 def measure(name, device, summary):
-    """Write a phase's seconds, CPU seconds, computed positions and the peak memory into summary."""
+    """Write a phase's seconds, CPU seconds, computed positions and the peak memory so far into summary."""
     def now():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -1001,43 +1029,31 @@ def measure(name, device, summary):
     yield
     seconds, cpu_seconds, tokens = (now() - start).tolist()
     summary |= {f"{name}_seconds": seconds, f"{name}_cpu_seconds": cpu_seconds, f"{name}_tokens": int(tokens)}
-    summary[f"{name}_peak_memory_bytes"] = summary["peak_memory_bytes"] = (  # so far
+    summary[f"{name}_peak_memory_bytes"] = summary["peak_memory_bytes"] = (
         torch.cuda.max_memory_allocated(device) if device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    print(f"{name}: {seconds:.1f} s, {int(tokens):,} tokens, peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB")
 
 
 def variant_rewards(model, pairs, train_pairs, s):
-    """Overwrite the token rewards of pairs by those of the paper's variants "sft" and "dpo"."""
-    if s.token_rewards == "dpo":
-        start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-        train(model, train_pairs, argparse.Namespace(**{**vars(s), "algorithm": "dpo", "alpha": 0.0, "gamma": 0.0,
-                                                        "beta": BETA["dpo"]}))
+    """Overwrite the token rewards of pairs by those of the paper's variants, "sft" and "dpo"."""
+    if s.token_rewards == "sft":
+        for pair in pairs:
+            pair["chosen_token_rewards"] = np.ones_like(pair["chosen_ref_logps"])
+            pair["rejected_token_rewards"] = np.zeros_like(pair["rejected_ref_logps"])
+        return
+    start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+    plain = {"algorithm": "dpo", "alpha": 0.0, "beta": BETA["dpo"], "gamma": 0.0}
+    train(model, train_pairs, argparse.Namespace(**{**vars(s), **plain}))
     with torch.no_grad():
         for pack in packs(pairs, s.batch_size):
-            if s.token_rewards == "dpo":
-                logps, mask = plain_logps(model, pack, s.dtype)
-                set_columns(pack, "token_rewards", token_rewards(logps, padded(pack, "ref_logps", logps.device), mask))
-            else:
-                for pair in pack:
-                    pair["chosen_token_rewards"] = np.ones_like(pair["chosen_ref_logps"])
-                    pair["rejected_token_rewards"] = np.zeros_like(pair["rejected_ref_logps"])
-    if s.token_rewards == "dpo":
-        model.load_state_dict(start)
+            logps, mask = plain_logps(model, pack, s.dtype)
+            set_columns(pack, "token_rewards", token_rewards(logps, padded(pack, "ref_logps", logps.device), mask))
+    model.load_state_dict(start)
 
 
-def run(s):
-    """One command line, from the files to the trained model."""
-    import transformers
-    transformers.logging.set_verbosity_error()
-    device, style = choose_device(s.device), read_prompts(s.prompts)
-    out = Path(s.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a new folder")
-    if s.resume and (out / "summary.json").exists():
-        return print(f"{out}: this run is finished; its results are in summary.json")
-    if not s.resume and out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: is not empty; name a new folder, or go on with the run in it by --resume")
-    train_text, test_text = load_data(s)
+def load_models(s, device):
+    """-> (policy, tokenizer, reward model or None); completes the settings that depend on the policy."""
     if s.model:
         model, tokenizer = load_model(s.model, "--model", device, s.gradient_checkpointing)
     else:
@@ -1046,89 +1062,92 @@ def run(s):
             raise UserError(f"--data {s.data}: has no warmup split to make the tiny model from; name a --model")
         model, tokenizer = make_tiny(warm, s.seed)
         model.to(device)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    s.lr, s.max_length = s.lr or default_lr(size), min(s.max_length, model.config.max_position_embeddings)
-    print(f"model: {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, learning rate {s.lr}")
+    size, scorer = sum(parameter.numel() for parameter in model.parameters()), None
+    s.lr = s.lr or default_lr(size)
+    s.max_length = min(s.max_length, getattr(model.config, "max_position_embeddings", s.max_length))
+    print(f"model: {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, learning rate {s.lr}, on {device}")
     if s.lr > 1e-5 and size > 1e8:
         print(f"warning: --lr {s.lr} is one for adapters; to train all of this model, try {default_lr(size)}")
-    scorer = None
     if s.reward_model:
         scorer, other = load_model(s.reward_model, "--reward-model", device)
         if other.get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"--reward-model {s.reward_model}: has another tokenizer than the model, so that its token "
-                            "rewards would be for other tokens; name one with the same")
+            raise UserError(f"--reward-model {s.reward_model}: has another tokenizer than the model, so its token rewards "
+                            "would be for other tokens; name one with the same")
+    return model, tokenizer, scorer
+
+
+def prepare(s, out, device, style, summary):
+    """-> (model, tokenizer, annotated training pairs, annotated pairs for evaluation), or None after --check-prompts."""
+    texts = dict(zip(("train", "test"), load_data(s)))
+    model, tokenizer, scorer = load_models(s, device)
     if not s.alpha or s.token_rewards != "contrastive":
         style = None
     elif style == "auto" or s.check_prompts:
-        style = choose_prompts(model, tokenizer, train_text, s, style, scorer)
+        style = choose_prompts(model, tokenizer, texts["train"], s, style, scorer)
     if s.check_prompts:
-        return
-    data = []
-    for name, pairs in (("train", train_text), ("test", test_text)):
-        pairs, report = encode(tokenizer, pairs, s.max_length, style)
-        print(f"{name}: {len(pairs)} pairs" + f" ({report})" * bool(report))
-        data += [{**pair, "split": name} for pair in pairs]
-    if not data or data[0]["split"] != "train":
+        return None
+    data = {}
+    for split, pairs in texts.items():
+        data[split], report = encode(tokenizer, pairs, s.max_length, style)
+        print(f"{split}: {len(data[split])} pairs" + f" ({report})" * bool(report))
+    pairs, count = data["train"] + data["test"], len(data["train"])
+    if not count:
         raise UserError(f"{s.data}: no pair is left to train on; the counts above say why")
-    # the longest pair in all its forms: are its log-probs the same computed together, and how long does it take?
-    positions = lambda pair, ends="_ids": sum(len(value) for name, value in pair.items() if name.endswith(ends))
-    longest = max(data, key=positions)
-    prompts = [longest["prompt_ids"].tolist()] * 2
-    if style:
-        prompts += columns([longest], "better_ids") + columns([longest], "worse_ids")
-    start, before = time.perf_counter(), response_logps.positions
-    error = share_prompts(model, prompts, columns([longest], "ids") * (len(prompts) // 2))
-    seconds = (time.perf_counter() - start) / (response_logps.positions - before)
+    error, seconds = check_longest(model, pairs)
     if not model.shares_prompts:
-        print(f"note: with shared prompts this model's log-probs differ by {error:.1e}, so every response is computed alone")
-    if scorer:
-        share_prompts(scorer, prompts, columns([longest], "ids") * (len(prompts) // 2))
-    total = sum(positions(pair) for pair in data)
-    total += 3 * s.epochs * sum(len(pair["prompt_ids"]) + positions(pair, "n_ids") for pair in data) * (s.steps is None)
-    print(f"time: about {total * seconds / 60:.1f} minutes on {device}, by the speed of the longest pair")
-    key = digest(weights_digest(model), weights_digest(scorer) if scorer else "",
-                 *(part for pair in data for name in sorted(pair) if name.endswith("_ids") for part in (name, pair[name])))
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    settings = {**vars(s), "style": style, "data_and_weights": key, "versions": versions}
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "settings.json").exists():
-        saved = json.loads((out / "settings.json").read_text())
-        changed = [f"{name} was {saved.get(name)}, is {value}" for name, value in settings.items()
-                   if saved.get(name) != value and name not in ("out", "resume", "save_every")]
-        if changed:
-            raise UserError(f"--resume: the run in {out} is another one: " + "; ".join(changed))
-    write(out / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
-    summary = {}
+        print(f"note: sharing prompts changes this model's log-probs by {error:.1g}, so every response is computed alone")
+    epochs = s.steps * s.batch_size * s.accumulate / count if s.steps else s.epochs
+    work = [sum(len(pair[name]) for name in pair if name.endswith("_ids")) for pair in pairs]
+    plain = [sum(len(pair[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")) for pair in data["train"]]
+    print(f"time: about {seconds * (sum(work) + 3 * epochs * sum(plain)) / 60:.1f} minutes")
+    ids = (part for pair in pairs for name in sorted(pair) if name.endswith("_ids") for part in (name, pair[name]))
+    settings = {**vars(s), "style": style, "weights": weights_digest(model), "reward_weights": scorer and weights_digest(scorer),
+                "pairs": digest(*ids), "torch": torch.__version__, "transformers": s.transformers}
+    save_settings(out, settings)
+    key = digest(*(str(settings[name]) for name in ("weights", "reward_weights", "pairs", "dtype", "token_rewards", "alpha")))
     with measure("annotate", device, summary):
-        pairs = load_annotation(out / "annotation.safetensors", key, data)
-        if pairs is None:
-            pairs = annotate(model, tokenizer, data, style, scorer, s.batch_size, s.max_length, s.dtype)
+        done = load_annotation(out / "annotation.safetensors", key, pairs)
+        if done is None:
+            done = annotate(model, tokenizer, pairs, style, scorer, s.batch_size, s.max_length, s.dtype)
             if s.alpha and s.token_rewards != "contrastive":
-                variant_rewards(model, pairs, [pair for pair in pairs if pair["split"] == "train"], s)
-            save_annotation(out / "annotation.safetensors", key, pairs)
-    del scorer
-    train_pairs, test_pairs = ([pair for pair in pairs if pair["split"] == split] for split in ("train", "test"))
+                variant_rewards(model, done, done[:count], s)
+            save_annotation(out / "annotation.safetensors", key, done)
     if style:
-        share, low, high = pair_accuracy(train_pairs)
-        print(f"token rewards: pair accuracy {share:.3f} on {len(train_pairs)} training pairs")
-    errors = judge(pairs) if all("keywords" in pair for pair in pairs) else None
-    before, old = evaluate(model, tokenizer, test_pairs, s, errors) if test_pairs else ({}, [])
+        print("token rewards: pair accuracy {:.3f} (95 % interval {:.3f} to {:.3f})".format(*pair_accuracy(done[:count])))
+    return model, tokenizer, done[:count], done[count:]
+
+
+def run(s):
+    """One command line, from the files to the trained model."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    s.transformers = transformers.__version__
+    device, style = choose_device(s.device), read_prompts(s.prompts)
+    out, summary = Path(s.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S")), {}
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a new folder")
+    if s.resume and (out / "summary.json").exists():
+        return print(f"{out}: this run is finished; its results are in summary.json")
+    if not s.resume and out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: is not empty; name a new folder, or go on with the run in it by --resume")
+    prepared = prepare(s, out, device, style, summary)
+    if prepared is None:
+        return
+    model, tokenizer, pairs, test = prepared
+    errors = judge(pairs + test) if all("keywords" in pair for pair in pairs + test) else None
+    before, old = evaluate(model, tokenizer, test, s, errors)
     with measure("train", device, summary):
-        steps = train(model, train_pairs, s, out)
-    after, new = evaluate(model, tokenizer, test_pairs, s, errors) if test_pairs else ({}, [])
+        steps = train(model, pairs, s, out)
+    after, new = evaluate(model, tokenizer, test, s, errors)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    constant = ("credit_auroc", "credit_auroc_pooled") + ("accuracy", "margin") * (s.algorithm == "dpo")
-    before = {name: None if name in constant else value for name, value in before.items()}
-    shown = (test_pairs or train_pairs)[0]
-    show(before, after, list(zip(test_pairs, old, new)), shown, tokenizer)
-    summary = {"before": before, "after": after, "steps": steps, "pairs": len(train_pairs), **summary}
+    for name in ("credit_auroc", "credit_auroc_pooled") + ("accuracy", "margin") * (s.algorithm == "dpo"):
+        before[name] = None  # a constant by construction: the model is its own reference
+    show(before, after, list(zip(test, old, new)), (test or pairs)[0], tokenizer)
+    summary |= {"before": before, "after": after, "pairs": len(pairs), "steps": steps, "settings": vars(s)}
     write(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    for name in ("annotate", "train"):
-        print(f"{name}: {summary[name + '_seconds']:.1f} s, {summary[name + '_tokens']:,} tokens, "
-              f"peak memory {summary[name + '_peak_memory_bytes'] / 2**30:.2f} GiB")
-    print(f"model, metrics.jsonl, settings.json and summary.json are in {out}")
+    print(f"\n{out}: the model, metrics.jsonl, settings.json and summary.json")
 
 
 def main(argv=None):
