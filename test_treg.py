@@ -525,9 +525,12 @@ def test_losses_pair_each_response_with_its_own_mask_reference_and_reward(algori
         close(metrics[i, 4].item(), agreement, f"agreement of pair {i}", 1e-4)
 
 
-def test_accuracy_counts_a_tie_half_and_leaves_gamma_out():
-    """z = Σr(chosen) − Σr(rejected) − γ: accuracy asks whether the chosen response's reward is the higher, z + γ > 0."""
-    assert treg.accuracy(torch.tensor([-0.5, -1.0, -1.5]), 1.0).tolist() == [1.0, 0.5, 0.0]
+def test_accuracy_counts_a_tie_half_and_leaves_gamma_out(monkeypatch):
+    """z = Σr(chosen) − Σr(rejected) − γ = −½, −1, −1½ at γ = 1: the chosen reward is higher, the same, lower."""
+    model, _, pairs = annotated(count=3)
+    monkeypatch.setattr(treg, "treg_loss", lambda *_: (torch.zeros(3), torch.tensor([-0.5, -1.0, -1.5])))
+    metrics = treg.losses(model, pairs, options("--algorithm", "simpo", "--gamma", 1.0))[1]
+    assert metrics[:, treg.METRICS.index("accuracy")].tolist() == [1.0, 0.5, 0.0]
 
 
 def train_here(pairs_and_model=None, out=None, **settings):

@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+import transformers
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------- 1 prompts
@@ -452,12 +453,12 @@ def share_prompts(model, prompts, responses):
 PACK = 1024  # tokens in one forward pass: enough to keep a processor busy, and memory grows with it
 
 
-def packs(pairs, size):
-    """Cut pairs into runs of at most size pairs and about PACK tokens: what one forward pass takes."""
+def packs(pairs, size, limit=PACK):
+    """Cut pairs into runs of at most size pairs and about limit tokens: what one forward pass takes."""
     pack, tokens = [], 0
     for pair in pairs:
         length = len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
-        if pack and (len(pack) == size or tokens + length > PACK):
+        if pack and (len(pack) == size or tokens + length > limit):
             yield pack
             pack, tokens = [], 0
         pack.append(pair)
@@ -492,13 +493,13 @@ def plain_logps(model, pairs, dtype):
 
 
 def check_longest(model, pairs):
-    """share_prompts on the pair that is longest in all its forms. -> (largest difference, seconds per position)."""
+    """share_prompts on the longest pair, plain and contrastive. -> (largest difference, seconds per position)."""
     pair = max(pairs, key=lambda pair: sum(len(value) for name, value in pair.items() if name.endswith("_ids")))
-    prompts = [pair["prompt_ids"].tolist()] * 2
+    prompts, responses = [pair["prompt_ids"].tolist()] * 2, columns([pair], "ids")
     if "chosen_better_ids" in pair:
-        prompts += columns([pair], "better_ids") + columns([pair], "worse_ids")
+        prompts, responses = prompts + columns([pair], "better_ids"), responses * 2
     start, before = time.perf_counter(), response_logps.positions
-    error = share_prompts(model, prompts, columns([pair], "ids") * (len(prompts) // 2))
+    error = share_prompts(model, prompts, responses)
     return error, (time.perf_counter() - start) / (response_logps.positions - before)
 
 
@@ -513,10 +514,11 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
     if pairs and "prompt_ids" not in pairs[0]:
         pairs, _ = encode(tokenizer, pairs, max_length, style)
     pairs, scorer = [dict(pair) for pair in pairs], reward_model or model
-    for each in {model, scorer} if pairs else ():
-        check_longest(each, pairs)
+    for each in (model, scorer):
+        if not hasattr(each, "shares_prompts") and pairs:
+            check_longest(each, pairs)
     with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
-        for pack in packs(pairs, batch_size):
+        for pack in packs(pairs, batch_size, PACK // 3):  # the contrastive prompts are about twice as much again
             ref_logps, mask = plain_logps(model, pack, dtype)
             rewards = torch.zeros_like(ref_logps)
             if style:
@@ -538,28 +540,20 @@ def pair_accuracy(pairs):
 
 
 # ------------------------------------------------------------------------------------------------------- 7 train
-def implicit_rewards(logps, ref_logps, mask, s):
-    """An algorithm is this one function: r_t by s.algorithm. (B, T) × 3 -> (B, T)."""
-    return dpo_rewards(logps, ref_logps, mask, s.beta) if s.algorithm == "dpo" else simpo_rewards(logps, mask, s.beta)
-
-
-def accuracy(margin, gamma):
-    """1 where z + γ > 0, the chosen response's reward being the higher one; a tie counts ½."""
-    return (margin + gamma > 0).float() + 0.5 * (margin + gamma == 0).float()
+METRICS = ("loss", "margin", "accuracy", "weight", "agreement", "chosen_logps", "rejected_logps")
 
 
 def losses(model, pairs, s):
-    """-> (loss (B,), the METRICS of each pair (B, 7), logps (2B, T)) of one forward pass."""
+    """-> (loss (B,), the METRICS of each pair (B, 7), logps (2B, T), chosen rows first) of one forward pass."""
     logps, mask = plain_logps(model, pairs, s.dtype)
-    rewards = implicit_rewards(logps, padded(pairs, "ref_logps", logps.device), mask, s)
-    hats = padded(pairs, "token_rewards", logps.device)
+    ref_logps, hats = (padded(pairs, name, logps.device) for name in ("ref_logps", "token_rewards"))
+    # an algorithm is its implicit rewards: all that follows is the same
+    rewards = dpo_rewards(logps, ref_logps, mask, s.beta) if s.algorithm == "dpo" else simpo_rewards(logps, mask, s.beta)
     loss, margin = treg_loss(*rewards.chunk(2), *hats.chunk(2), s.alpha, s.gamma, s.weighting)
+    accuracy = 0.5 + 0.5 * torch.sign(margin + s.gamma)  # is the chosen response's reward the higher? a tie counts ½
     agreement = sum((rewards * hats).sum(-1).chunk(2))
-    return loss, torch.stack([loss, margin, accuracy(margin, s.gamma), torch.sigmoid(-margin), agreement,
-                              *logps.sum(-1).chunk(2)], 1).detach(), logps
-
-
-METRICS = ("loss", "margin", "accuracy", "weight", "agreement", "chosen_logps", "rejected_logps")
+    columns = loss, margin, accuracy, torch.sigmoid(-margin), agreement, *logps.sum(-1).chunk(2)
+    return loss, torch.stack(columns, 1).detach(), logps
 
 
 def schedule(step, total):
@@ -603,14 +597,11 @@ def train(model, pairs, s, out=None):
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"step": step + 1, **row}) + "\n")
                 if asked or (step + 1) % s.save_every == 0:
-                    save_checkpoint(out, model, optimizer, step + 1)
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                    write(out / "checkpoint.pt", lambda path: torch.save(state, path))
                 if asked:
-                    raise Stopped(f"stopped after step {step + 1} of {total}; go on with --resume --out {out}")
+                    raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; go on with --resume --out {out}")
     return total
-
-
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM came; the step was finished and saved."""
 
 
 @contextlib.contextmanager
@@ -637,11 +628,6 @@ def write(path, save):
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: not saved ({one_line(error)}); what was there before is whole. Make room, and go on "
                         f"with --resume --out {path.parent}") from None
-
-
-def save_checkpoint(out, model, optimizer, step):
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    write(out / "checkpoint.pt", lambda path: torch.save(state, path))
 
 
 def resume(out, model, optimizer):
@@ -770,7 +756,6 @@ def make_tiny(pairs, seed):
     either response, a better prompt with something like the chosen, a worse prompt with something like the rejected one.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(
@@ -779,11 +764,12 @@ def make_tiny(pairs, seed):
          (f"User:\n{prompt[-1]['content']}\n\nAssistant:\n", pair[side])),
         trainers.BpeTrainer(vocab_size=2000, special_tokens=["<|end|>"], show_progress=False,
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.chat_template = PLAIN_TEMPLATE
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=256, vocab_size=len(tokenizer),
-                                       initializer_range=0.1, bos_token_id=0, eos_token_id=0, pad_token_id=0)).eval()
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=2, n_embd=64, n_head=2, n_positions=256, vocab_size=len(tokenizer), initializer_range=0.1,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0)).eval()
     model.shares_prompts = True
     rows = []
     for style in PROMPTS:
@@ -910,14 +896,13 @@ def read_prompts(name):
 
 def load_model(name, flag, device, checkpointing=False):
     """-> (model with float32 weights and no dropout, tokenizer with a chat template), from a folder or the hub."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     folder = Path(name)
     if (folder.exists() or name.startswith((".", "/", "~"))) and not (folder / "config.json").is_file():
         raise UserError(f"{flag} {name}: is no model folder; it must be there and hold a config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         # asked for, as 16-bit weights would otherwise stay so, and round small updates away
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -968,40 +953,37 @@ def choose_prompts(model, tokenizer, pairs, s, style, scorer):
     return style
 
 
-def digest(*parts):
-    """sha256 of texts and arrays: the same for the same data, weights or annotation."""
+def digest(named):
+    """sha256 of (name, array) pairs: the same for the same data, weights or annotation."""
     total = hashlib.sha256()
-    for part in parts:
-        total.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
+    for name, value in named:
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(value))
     return total.hexdigest()
 
 
-def weights_digest(model):
-    return digest(*(part for name, value in model.state_dict().items() for part in (name, value.cpu().numpy())))
+def digest_weights(model):
+    return digest((name, value.cpu().numpy()) for name, value in model.state_dict().items())
 
 
 ANNOTATION = [f"{side}_{name}" for side in SIDES for name in ("ref_logps", "token_rewards")]
 
 
-def load_annotation(path, key, pairs):
-    """-> the pairs with the annotation kept in path, or None unless it was written whole and for this very key."""
+def kept_annotation(path, key, pairs, make):
+    """The pairs annotated by make(), which takes long: kept in path, and read from there only if it is whole and its
+    key the same. A file that is stale or damaged is made again."""
     from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "numpy") as file:
-            flat = {name: file.get_tensor(name) for name in ANNOTATION}
-            if file.metadata() != {"key": key, "digest": digest(*flat.values())}:
-                return None
-    except (OSError, SafetensorError):
-        return None
-    ends = {side: np.cumsum([len(pair[f"{side}_ids"]) for pair in pairs])[:-1] for side in SIDES}
-    split = {name: np.split(flat[name], ends[name.partition("_")[0]]) for name in ANNOTATION}
-    return [{**pair, **{name: split[name][i] for name in ANNOTATION}} for i, pair in enumerate(pairs)]
-
-
-def save_annotation(path, key, pairs):
     from safetensors.numpy import save_file
+    ends = [np.cumsum([len(pair[f"{side}_ids"]) for pair in pairs])[:-1] for side in SIDES for _ in range(2)]
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
+        flat = {name: file.get_tensor(name) for name in file.keys()}
+        if file.metadata() == {"key": key, "digest": digest(flat.items())}:
+            split = (np.split(flat[name], at) for name, at in zip(ANNOTATION, ends))
+            return [{**pair, **dict(zip(ANNOTATION, values))} for pair, *values in zip(pairs, *split)]
+    pairs = make()
     flat = {name: np.concatenate([pair[name] for pair in pairs]) for name in ANNOTATION}
-    write(path, lambda path: save_file(flat, path, {"key": key, "digest": digest(*flat.values())}))
+    write(path, lambda path: save_file(flat, path, {"key": key, "digest": digest(flat.items())}))
+    return pairs
 
 
 def save_settings(out, settings):
@@ -1100,18 +1082,20 @@ def prepare(s, out, device, style, summary):
     work = [sum(len(pair[name]) for name in pair if name.endswith("_ids")) for pair in pairs]
     plain = [sum(len(pair[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")) for pair in data["train"]]
     print(f"time: about {seconds * (sum(work) + 3 * epochs * sum(plain)) / 60:.1f} minutes")
-    ids = (part for pair in pairs for name in sorted(pair) if name.endswith("_ids") for part in (name, pair[name]))
-    settings = {**vars(s), "style": style, "weights": weights_digest(model), "reward_weights": scorer and weights_digest(scorer),
-                "pairs": digest(*ids), "torch": torch.__version__, "transformers": s.transformers}
+    settings = {**vars(s), "style": style, "weights": digest_weights(model), "reward_weights": scorer and digest_weights(scorer),
+                "pairs": digest((name, pair[name]) for pair in pairs for name in sorted(pair) if name.endswith("_ids")),
+                "torch": torch.__version__, "transformers": transformers.__version__}
     save_settings(out, settings)
-    key = digest(*(str(settings[name]) for name in ("weights", "reward_weights", "pairs", "dtype", "token_rewards", "alpha")))
-    with measure("annotate", device, summary):
-        done = load_annotation(out / "annotation.safetensors", key, pairs)
-        if done is None:
-            done = annotate(model, tokenizer, pairs, style, scorer, s.batch_size, s.max_length, s.dtype)
-            if s.alpha and s.token_rewards != "contrastive":
-                variant_rewards(model, done, done[:count], s)
-            save_annotation(out / "annotation.safetensors", key, done)
+
+    def make():
+        done = annotate(model, tokenizer, pairs, style, scorer, s.batch_size, s.max_length, s.dtype)
+        if s.alpha and s.token_rewards != "contrastive":
+            variant_rewards(model, done, done[:count], s)
+        return done
+
+    with measure("annotate", device, summary):  # all other settings are the same in a resumed run, or it is refused
+        key = settings["weights"] + str(settings["reward_weights"]) + settings["pairs"]
+        done = kept_annotation(out / "annotation.safetensors", key, pairs, make)
     if style:
         print("token rewards: pair accuracy {:.3f} (95 % interval {:.3f} to {:.3f})".format(*pair_accuracy(done[:count])))
     return model, tokenizer, done[:count], done[count:]
@@ -1119,9 +1103,7 @@ def prepare(s, out, device, style, summary):
 
 def run(s):
     """One command line, from the files to the trained model."""
-    import transformers
     transformers.logging.set_verbosity_error()
-    s.transformers = transformers.__version__
     device, style = choose_device(s.device), read_prompts(s.prompts)
     out, summary = Path(s.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S")), {}
     if out.exists() and not out.is_dir():
@@ -1160,8 +1142,8 @@ def main(argv=None):
         error = problem
     except OSError as problem:
         error = f"{problem.filename or s.out}: {problem.strerror or problem}"
-    except (Stopped, KeyboardInterrupt) as stop:
-        print(f"treg.py: {stop if stop.args else 'stopped before training'}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"treg.py: {stop if stop.args else 'stopped; training had not begun'}", file=sys.stderr)
         return 130
     else:
         return 0
