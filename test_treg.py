@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -644,3 +645,508 @@ def test_variants_write_their_token_rewards_and_leave_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert np.mean([p["chosen_token_rewards"].sum() - p["rejected_token_rewards"].sum() for p in pairs]) > 0.01
     assert max(np.abs(p[f"{side}_token_rewards"]).max() for p in pairs for side in treg.SIDES) <= 0.5
+
+
+# ---------------------------------------------------------------------------------------- 9 the tiny model, README
+def run_main(capsys, *flags):
+    """-> (what treg.main printed, the folder's summary)."""
+    out = next(str(b) for a, b in zip(flags, flags[1:]) if a == "--out")
+    assert treg.main([str(flag) for flag in flags]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out, json.loads((Path(out) / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_default_run_raises_the_share_of_perfect_responses_by_twenty_points(tmp_path, capsys, seed):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    printed, summary = run_main(capsys, "--seed", seed, "--out", tmp_path / "run")
+    before, after = summary["before"], summary["after"]
+    assert after["perfect_responses"] >= before["perfect_responses"] + 0.20, printed
+    assert after["accuracy"] > 0.9 and after["credit_auroc"] > 0.9 and after["token_reward_auroc"] > 0.9, printed
+    assert before["accuracy"] is None and before["credit_auroc"] is None, "constants by construction are no measurement"
+    assert re.search(r"perfect responses +0\.\d{3} +0\.\d{3}", printed) and printed.count("\nbefore  ") == 3
+    assert "[+" in printed and "[-" in printed and "\033" not in printed, "marks, not colours, where there is no terminal"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    talk = [{"role": "user", "content": "Describe a tiny gold paper lamp in the kitchen."}]
+    ids = torch.tensor([tokenizer(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))["input_ids"]])
+    assert "lamp" in tokenizer.decode(model.generate(ids, max_new_tokens=20, pad_token_id=0)[0, ids.shape[1]:])
+
+
+def test_warm_up_sees_the_warmup_split_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(treg, "WARM_STEPS", 0)
+    encode = treg.encode
+    monkeypatch.setattr(treg, "encode", lambda t, pairs, *rest: seen.extend(p["where"] for p in pairs) or encode(t, pairs, *rest))
+    s = treg.parse([])
+    treg.load_models(s, torch.device("cpu"))
+    lines = (HERE / "tiny_data.jsonl").read_text().splitlines()
+    assert seen and all(json.loads(lines[int(where.rpartition(":")[2]) - 1])["split"] == "warmup" for where in set(seen))
+
+
+def test_colours_only_in_a_terminal_and_without_no_color(monkeypatch, capsys):
+    model, tokenizer, pairs = annotated(count=1)
+    for terminal, no_color, expected in ((True, False, True), (True, True, False), (False, False, False)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+        monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
+        treg.show({}, {}, [], pairs[0], tokenizer)
+        assert ("\033[" in capsys.readouterr().out) == expected
+
+
+def test_method_stands_alone_with_torch():
+    """Sections 2 and 3, pasted into a file that imports torch and nothing else, are the loss."""
+    source = (HERE / "treg.py").read_text()
+    start, end = (source.index(f" {title}\n") for title in ("2 token rewards", "4 data"))
+    pasted = source[start + len(" 2 token rewards\n"):source.rindex("\n", 0, end)]
+    space = {}
+    exec("import torch\nimport torch.nn.functional as F\n" + pasted, space)
+    assert {"token_rewards", "dpo_rewards", "simpo_rewards", "treg_loss"} <= set(space)
+    loss, margin = space["treg_loss"](*[torch.zeros(1, 2)] * 4, 0.5)
+    assert loss.item() == pytest.approx(math.log(2)) and margin.item() == 0
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+
+
+def test_readme_snippet_runs_as_it_stands():
+    for block in readme_blocks("python"):
+        if "treg_loss" in block:
+            space = {}
+            exec(block, space)
+            assert space["loss"].shape == (2,) and space["policy_logps"].grad.isfinite().all()
+            return
+    pytest.fail("the README shows the loss in use")
+
+
+def test_readme_commands_use_flags_that_exist():
+    known = set(re.findall(r"--[a-z][a-z-]+", treg_help()))
+    commands = [line for block in readme_blocks("bash") for line in block.splitlines() if "treg.py" in line]
+    assert commands
+    for line in commands:
+        assert set(re.findall(r"--[a-z][a-z-]+", line)) <= known, line
+
+
+def treg_help():
+    return subprocess.run([sys.executable, HERE / "treg.py", "--help"], capture_output=True, text=True, check=True).stdout
+
+
+# ------------------------------------------------------------------------------------------------------ input: helpers
+GOOD = [{"prompt": f"Is {n} a café?", "chosen": f"{n} is — “not”, \\ 🙂.", "rejected": f"No,\n\"{n}\"."} for n in (1, 2, 3, 4)]
+U, A, S = ((lambda text, role=role: {"role": role, "content": text}) for role in ("user", "assistant", "system"))
+TALK = {"chosen": [U("Is it?"), A("Yes.")], "rejected": [U("Is it?"), A("No.")]}
+TINY = {"prompt": "Is it?", "chosen": "Yes. Yes.", "rejected": "No."}
+
+
+def jsonl(*rows):
+    return "".join(json.dumps(row, ensure_ascii=n % 2 == 0) + "\n" for n, row in enumerate(rows)).encode("utf-8", "replace")
+
+
+def csv_file(*lines, header="prompt,chosen,rejected"):
+    return "\n".join([header, *lines, ""]).encode()
+
+
+def csv_line(row):
+    return ",".join('"' + row[name].replace('"', '""') + '"' for name in GOOD[0])
+
+
+def put(path, content):
+    """Make a file of bytes or text, or a folder of such a dict, at path. -> path"""
+    if isinstance(content, dict):
+        path.mkdir()
+        for name, inner in content.items():
+            put(path / name, inner)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def texts(pairs):
+    return [{name: value for name, value in pair.items() if name != "where"} for pair in pairs]
+
+
+def read_back(path, content):
+    return texts(treg.load_pairs(put(path, content)))
+
+
+def command(*argv):
+    """-> the exit status; a traceback fails the test by itself."""
+    try:
+        return treg.main([str(arg) for arg in argv])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+def error_of(capsys, *argv):
+    """The command must end in status 2 and its last line on stderr be an error. -> what that line says"""
+    status, err = command(*argv), capsys.readouterr().err
+    assert status == 2, f"{argv}: a mistake passed, with status {status}\n{err}"
+    last = (err.strip().splitlines() or ["(nothing)"])[-1]
+    assert last.startswith("treg.py: error: "), f"{argv}: the last line on stderr is {last!r}"
+    return last.removeprefix("treg.py: error: ")
+
+
+def tiny_model(folder, words="Is it? Yes. No. a", embeddings=None, positions=64, eos_token="<end>", chat_template=None):
+    """A GPT-2 of a few thousand weights with a tokenizer of whole words. -> folder"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    vocab = {word: i for i, word in enumerate(["<end>", "<unk>", *words.split()])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos_token, unk_token="<unk>")
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=positions, vocab_size=embeddings or len(vocab),
+                               bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------- input: mistakes that need no model. id: (files, arguments, how the error begins)
+def in_file(name, content, says):
+    return {name: content}, ["--model", "m", "--data", name], re.escape(name) + says
+
+
+ROWS4, CSV4 = jsonl(*GOOD), csv_file(*["p,yes,no"] * 3)
+MISTAKES = {
+    "file: missing": ({}, ["--data", "p.jsonl"], r"p\.jsonl: no such file"),
+    "file: a folder": in_file("p.jsonl", {}, ": is a folder"),
+    "file: unknown ending": in_file("p.txt", ROWS4, r": unknown ending.*\.jsonl"),
+    "file: no ending": in_file("pairs", ROWS4, ": unknown ending"),
+    "file: empty": in_file("p.jsonl", b"", ": holds no rows"),
+    "file: blank lines only": in_file("p.jsonl", b"\n  \r\n\t\n", ": holds no rows"),
+    "file: UTF-16": in_file("p.jsonl", ROWS4.decode().encode("utf-16"), ":1: not UTF-8"),
+    "file: a line not UTF-8": in_file("p.jsonl", ROWS4 + b'{"prompt": "caf\xe9"}', ":5: not UTF-8"),
+    "file: last line truncated": in_file("p.jsonl", ROWS4 + ROWS4[:30], ":5: not valid JSON"),
+    "file: invalid in the middle": in_file("p.jsonl", b'\n{"prompt": "p" "chosen": "c"}\n' + ROWS4, ":2: not valid JSON"),
+    "file: two rows in a line": in_file("p.jsonl", ROWS4 * 2 + ROWS4.replace(b"\n", b" "), ":9: not valid JSON"),
+    "file: nested too deep": in_file("p.jsonl", ROWS4 + b"[" * 100_000, ":5: not valid JSON"),
+    "file: a number of 9999 digits": in_file("p.jsonl", ROWS4 + b"9" * 9999, ":5: not valid JSON"),
+    **{f"file: a row that is {row}": in_file("p.jsonl", ROWS4 + row.encode(), ":5: a row is an object")
+       for row in ("[1]", "7", "null", '"x"')},
+    "json: empty": in_file("p.json", b"", ": (not valid JSON|holds no rows)"),
+    "json: no rows": in_file("p.json", b"[]", ": holds no rows"),
+    "json: an object": in_file("p.json", jsonl(GOOD[0]), ": must hold one list"),
+    "json: a row a line": in_file("p.json", ROWS4, ": .*line 2"),
+    "json: invalid in the middle": in_file("p.json", b'[{"a": 1},\n{"a" 2}\n]', ": not valid JSON.*line 2"),
+    "json: not UTF-8": in_file("p.json", b'["\xff"]', ": not UTF-8"),
+    "json: a row that is a number": in_file("p.json", json.dumps([*GOOD, 7]), ":row 5: a row is an object"),
+    "csv: empty": in_file("p.csv", b"", ": holds no rows"),
+    "csv: a header only": in_file("p.csv", csv_file(), ": holds no rows"),
+    "csv: other columns": in_file("p.csv", csv_file("a,b,c", header="question_id,good,bad"), ".*chosen.*missing"),
+    "csv: too many cells": in_file("p.csv", CSV4 + b"p,yes, that is it,no", ":5: more cells than columns"),
+    "csv: too few cells": in_file("p.csv", CSV4 + b"p,yes", ":5: rejected.*missing"),
+    "csv: a blank cell": in_file("p.csv", CSV4 + b"p, ,no", ":5: chosen is blank"),
+    "csv: a quote left open": in_file("p.csv", CSV4 + b'p,"yes,no\np,yes,no', r".*(:5|row 3)\b"),
+    "csv: text after a quote": in_file("p.csv", CSV4 + b'p,"yes"sir,no', r".*(:5|row 3)\b"),
+    "csv: a line not UTF-8": in_file("p.csv", CSV4 + b"p,caf\xe9,no", ":5: .*UTF-8"),
+    "gz: empty": in_file("p.jsonl.gz", gzip.compress(b""), ": holds no rows"),
+    "gz: not gzipped": in_file("p.jsonl.gz", ROWS4, ": damaged"),
+    "gz: truncated": in_file("p.jsonl.gz", gzip.compress(ROWS4)[:-20], ": damaged"),
+    "gz: wrong checksum": in_file("p.csv.gz", gzip.compress(CSV4)[:-8] + b"12345678", ": damaged"),
+    "parquet: none": in_file("p.parquet", ROWS4, ": damaged"),
+    "parquet: empty": in_file("p.parquet", b"", ": damaged"),
+    "data: no warmup split for the tiny model": ({"p.jsonl": ROWS4}, ["--data", "p.jsonl"], r".*p\.jsonl: has no warmup split"),
+    "data: all held out": ({"p.jsonl": ROWS4}, ["--data", "p.jsonl", "--holdout", "4", "--model", "m"], r"p\.jsonl: --holdout 4"),
+    "data: a test split only": in_file("p.jsonl", jsonl({**TINY, "split": "test"}), ": .*no pair to train on"),
+}
+ROWS = {  # what is changed in a good row (... takes a key out), what the error must say after the file and line
+    **{f"{side} {kind}": ({side: value}, f"{side}.*({says})") for side in treg.SIDES for kind, value, says in (
+        ("missing", ..., "missing"), ("null", None, "missing"), ("a number", 4, "text"), ("a boolean", True, "text"),
+        ("an object", A("x"), "text"), ("empty", "", "blank"), ("blank", " \n\t", "blank"), ("half a pair", "\ud800", "no character"))},
+    **{f"{side}: {kind}": ({**TALK, side: messages}, f"{side}.*({says})") for side in treg.SIDES for kind, messages, says in (
+        ("no messages", [], "message"), ("ends on the user", [U("Is it?")], "assistant"), ("a text in the list", ["x"], "role"),
+        ("no role", [{"content": "x"}], "role"), ("unknown role", [{"role": "bot", "content": "x"}], "role"),
+        ("content null", [A(None)], "missing"), ("content a number", [A(3)], "text"), ("content blank", [A(" ")], "blank"),
+        ("content a list", [A([{"type": "text", "text": "x"}])], "text"), ("content half a pair", [A("\udfff")], "no character"))},
+    **{f"prompt {kind}": ({"prompt": value}, "prompt") for kind, value in (
+        ("missing", ...), ("null", None), ("a number", 0), ("a boolean", False), ("an object", U("x")), ("empty", ""), ("blank", " "),
+        ("half a pair", "\udc00"), ("no messages", []), ("ends on the assistant", [U("x"), A("y")]), ("system only", [S("x")]),
+        ("unknown role", [{"role": "human", "content": "x"}]), ("content a number", [U(1)]))},
+    "prompt a number beside messages": ({**TALK, "prompt": 42}, "prompt"),
+    "no prompt but what two answers share": ({"prompt": ..., "chosen": [A("The cat")], "rejected": [A("The dog")]}, "prompt"),
+    "text beside messages": ({**TALK, "rejected": "No."}, ".*both"),
+    "messages that part early": ({**TALK, "rejected": [U("Is it not?"), A("No.")]}, ".*same up to"),
+    "the same text twice, no prompt": ({"prompt": ..., "chosen": "Yes.", "rejected": "Yes."}, ".*shared beginning is blank"),
+    "instruction a number": ({"prompt": ..., "instruction": 1}, "instruction"),
+    "input a number": ({"prompt": ..., "instruction": "i", "input": 5}, "input"),
+    "question null": ({"prompt": ..., "question": None}, "question|prompt"),
+    "system a number": ({"prompt": ..., "question": "q", "system": 5}, "system|prompt"),
+    "keywords a text": ({"keywords": "a b"}, "keyword"), "a keyword a number": ({"keywords": ["a", 1]}, ".*keyword"),
+    **{f"{side}_errors {value}": ({f"{side}_errors": value}, f"{side}_errors") for side in treg.SIDES for value in (
+        [[0, 1], [3, 2]], [[2, 2]], [[0, 999]], [[-1, 2]], [[0, 1.0]], [["0", "1"]], [[False, True]], [[0, None]], [[1]],
+        [[0, 1, 2]], [0, 1], 0, {"start": 0}, "0-1")},
+}
+for kind, (change, says) in ROWS.items():
+    row = {name: value for name, value in {**GOOD[0], **change}.items() if value is not ...}
+    MISTAKES[f"row: {kind}"] = in_file("p.jsonl", ROWS4 + json.dumps(row).encode(), f":5: ({says})")
+for kind, content, says in (
+        ("a folder", {}, "file"), ("not JSON", "better: {prompt}", "not valid JSON"), ("empty", "", "not valid JSON"),
+        ("not UTF-8", b'{"better": "\xff"}', "not UTF-8"), ("a list", '["{prompt}", "{prompt}"]', "object"),
+        ("a side missing", '{"better": "{prompt}"}', "worse"), ("a side null", '{"better": "{prompt}", "worse": null}', "worse"),
+        ("no {prompt}", '{"better": "{prompt} well", "worse": "badly"}', "worse needs .*prompt"),
+        ("a stray {field}", '{"better": "{prompt} {answer}", "worse": "{prompt}"}', "better .*(answer|no other)"),
+        ("a third {field}", '{"better": "{prompt}", "worse": "{prompt} {response} {x}"}', "worse .*(x|no other)"),
+        ("an empty {}", '{"better": "{prompt} {}", "worse": "{prompt}"}', "better .*no other"),
+        ("half a pair", '{"better": "{prompt} \\ud800", "worse": "{prompt}"}', "better .*no character"),
+        ("the same text twice", '{"better": "{prompt}!", "worse": "{prompt}!"}', "different")):
+    MISTAKES[f"prompts: {kind}"] = {"own.json": content}, ["--prompts", "own.json"], rf"(--prompts )?own\.json: .*({says})"
+MISTAKES |= {
+    "prompts: missing": ({}, ["--prompts", "own.json"], r"--prompts own\.json: no such file"),
+    "out: a file": ({"run": "mine"}, ["--out", "run"], "--out run: .*is a file"),
+    "out: below a file": ({"run": "mine"}, ["--out", "run/new"], ".*run.*(is a file|[Nn]ot a (directory|folder))"),
+    "out: holds something": ({"run": {"a": "mine"}}, ["--out", "run"], "--out run: is not empty"),
+    "out: holds no run to resume": ({"run": {"a": "mine"}}, ["--out", "run", "--resume"], ".*run"),  # perhaps the user's model
+    "flags: unknown": ({}, ["--frobnicate"], ".*--frobnicate"),
+    "flags: --resume without --out": ({}, ["--resume"], ".*--resume.*--out"),
+}
+WHOLE = ("--max-pairs", "--max-length", "--epochs", "--steps", "--batch-size", "--accumulate", "--seed", "--save-every")
+for flag, value in (
+        *((f, v) for f in (*WHOLE, "--holdout", "--alpha", "--beta", "--gamma", "--lr")
+          for v in ("-1", "-0.5", "nan", "inf", "-inf", "1e999", "two", "", "1,5")),
+        *((f, v) for f in WHOLE for v in ("1.5", "2.0", "1e2")), *((f, "0") for f in (*WHOLE, "--beta", "--lr") if f != "--seed"),
+        ("--seed", str(2**31 + 1)), ("--max-length", "7"), ("--holdout", "1.0"), ("--holdout", "1.5"),
+        ("--max-pairs", "9" * 400), ("--holdout", "9" * 400),  # no float can hold it
+        ("--algorithm", "ppo"), ("--weighting", "none"), ("--token-rewards", "mine"), ("--dtype", "fp16"), ("--prompts", "Answer"),
+        *(("--device", device) for device in ("gpu", "cuda:99", "cuda:x", "mps", "meta")),
+        *[("--device", "cuda")] * (not torch.cuda.is_available()),
+        *((f, "") for f in ("--model", "--reward-model", "--device", "--out", "--prompts"))):  # "" is "$UNSET" in a shell
+    MISTAKES[f"flags: {flag}={value[:9]}"] = {}, [f"{flag}={value}"], rf"(argument )?{flag}\b"
+
+
+@pytest.mark.parametrize("files, argv, says", MISTAKES.values(), ids=MISTAKES)
+def test_mistake_is_named_before_a_model_is_loaded(files, argv, says, tmp_path, capsys, monkeypatch):
+    def reached(*_):
+        raise AssertionError("a model was loaded or made before the mistake was found")
+    monkeypatch.setattr(treg, "load_model", reached)
+    monkeypatch.setattr(treg, "make_tiny", reached)
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        put(tmp_path / name, content)
+    before = sorted(tmp_path.rglob("*"))
+    error = error_of(capsys, *argv)
+    assert re.match(says, error), f"the error does not begin with {says!r}: {error}"
+    assert sorted(tmp_path.rglob("*")) == before, "something was written, or taken away"
+
+
+@pytest.mark.parametrize("splits, says", [(ConnectionError("off\nline"), "no such file.*off line"),
+                                          (["train_prefs"], "only train_prefs")], ids=["no such data set", "no train split"])
+def test_data_that_is_no_file_is_asked_of_the_hub(splits, says, capsys, monkeypatch):
+    def names(_):
+        if isinstance(splits, Exception):
+            raise splits
+        return splits
+    monkeypatch.setattr("datasets.get_dataset_split_names", names)
+    assert re.match(f"--data some/data: .*{says}", error_of(capsys, "--model", "m", "--data", "some/data"))
+
+
+# ------------------------------------------------------------------------------------------------ input: model folders
+def lacks_a_layer(folder):
+    from safetensors.torch import load_file, save_file
+    path = folder / "model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if "mlp" not in name}, path, {"format": "pt"})
+
+
+MODELS = {  # what is done to a good model folder, what the error must say
+    "folder missing": (shutil.rmtree, "no model folder"),
+    "folder empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "no model folder"),
+    "a file": (lambda folder: [shutil.rmtree(folder), put(folder, "x")], "no model folder"),
+    "config damaged": (lambda folder: put(folder / "config.json", "{"), "cannot be loaded"),
+    "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "tokenizer"),
+    "tokenizer damaged": (lambda folder: put(folder / "tokenizer.json", "{"), "cannot be loaded"),
+    "tokenizer larger than embedding": (lambda folder: tiny_model(folder, embeddings=4), "tokenizer has .* tokens"),
+    "tokenizer without end token": (lambda folder: tiny_model(folder, eos_token=None), "end token"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
+    "weights damaged": (lambda folder: put(folder / "model.safetensors", "junk"), "cannot be loaded"),
+    "weights lack a layer": (lacks_a_layer, "weights|mlp"),
+    "chat template damaged": (lambda folder: tiny_model(folder, chat_template="{% for %}"), "template"),
+    "chat template refuses": (lambda folder: tiny_model(folder, chat_template="{{ raise_exception('no') }}"), "template"),
+}
+
+
+@pytest.mark.parametrize("spoil, says", MODELS.values(), ids=MODELS)
+def test_mistake_in_a_model_folder_is_named(spoil, says, tmp_path, capsys):
+    folder, path = tiny_model(tmp_path / "model"), put(tmp_path / "p.jsonl", jsonl(TINY))
+    spoil(folder)
+    error = error_of(capsys, "--model", folder, "--data", path, "--check-prompts")
+    assert re.match(rf"--model {re.escape(str(folder))}: .*({says})", error), f"the error does not say {says!r}: {error}"
+
+
+def test_reward_model_with_another_tokenizer_or_missing(tmp_path, capsys, monkeypatch):
+    other, path = tiny_model(tmp_path / "other", words="quite another set of words"), put(tmp_path / "p.jsonl", jsonl(TINY))
+    argv = ["--model", tiny_model(tmp_path / "m"), "--data", path, "--reward-model"]
+    assert re.match("--reward-model .*other: .*tokenizer", error_of(capsys, *argv, other))
+
+    def loaded(*_, **__):
+        raise AssertionError("the model was loaded before the missing --reward-model was found")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loaded)
+    assert re.match("--reward-model .*none: is no model folder", error_of(capsys, *argv, tmp_path / "none"))
+
+
+@pytest.mark.parametrize("kind", ["reward model with a shorter context", "config without a longest position", "chat template empty"])
+def test_unusual_but_sound_models_are_taken(kind, tmp_path, capsys):
+    from transformers import BloomConfig, BloomForCausalLM
+    folder = tiny_model(tmp_path / "m", chat_template="" if kind.startswith("chat") else None)
+    argv = ["--model", folder, "--data", put(tmp_path / "p.jsonl", jsonl(TINY)), "--check-prompts"]
+    if kind.startswith("reward"):  # the prompts must then be cut to the shorter one
+        argv += ["--reward-model", tiny_model(tmp_path / "short", positions=24)]
+    if kind.startswith("config"):  # ALiBi has no longest position
+        BloomForCausalLM(BloomConfig(vocab_size=7, hidden_size=8, n_layer=1, n_head=1)).save_pretrained(folder)
+    assert command(*argv) == 0, f"{kind}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("chosen, says", [("Yes. " * 90, "longer|fits"), ("No.", "same")], ids=["too long", "all the same"])
+def test_no_pair_left_after_tokenisation_says_why(chosen, says, tmp_path, capsys):
+    path = put(tmp_path / "p.jsonl", jsonl({**TINY, "chosen": chosen}))
+    error = error_of(capsys, "--model", tiny_model(tmp_path / "m"), "--data", path, "--out", tmp_path / "run")
+    assert re.search(says, error), f"the error does not say {says!r}: {error}"
+
+
+def test_check_prompts_does_not_end_well_without_a_measurement(tmp_path, capsys):
+    path = put(tmp_path / "p.jsonl", jsonl(TINY))
+    status = command("--model", tiny_model(tmp_path / "m"), "--data", path, "--check-prompts", "--alpha", "0")
+    assert status == 2 or "pair accuracy" in capsys.readouterr().out, "--check-prompts --alpha 0: status 0, nothing measured"
+
+
+@pytest.mark.parametrize("name, content", [("checkpoint.pt", b""), ("checkpoint.pt", b"junk"), ("checkpoint.pt", {"other": 1}),
+                                           ("settings.json", b""), ("settings.json", b"[]"), ("settings.json", b"\xff")])
+def test_resume_names_a_damaged_file_of_the_run(name, content, tmp_path, capsys):
+    path, run = put(tmp_path / "p.jsonl", jsonl(TINY)), tmp_path / "run"
+    argv = ["--model", tiny_model(tmp_path / "m"), "--data", path, "--prompts", "answer", "--out", run]
+    assert command(*argv) == 0
+    (run / "summary.json").unlink()
+    torch.save(content, run / name) if isinstance(content, dict) else put(run / name, content)
+    assert f"run/{name}" in error_of(capsys, *argv, "--resume")
+
+
+# ------------------------------------------------------------------------------------------- input: what is understood
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Is it?\n\nAssistant:"
+ANSWERS = {"chosen": "Yes.", "rejected": "No."}
+FORMATS = {  # a row, the prompt of its pair; the responses must be those of ANSWERS
+    "texts": ({"prompt": " Is it?\n", **ANSWERS}, " Is it?\n"),
+    "messages": ({"prompt": [S("s"), U("Is it?")], "chosen": [A("Yes.")], "rejected": [A("No.")]}, [S("s"), U("Is it?")]),
+    "prompt messages, response texts": ({"prompt": [U("Is it?")], **ANSWERS}, [U("Is it?")]),
+    "text prompt that the messages repeat": ({"prompt": "Is it?", **TALK}, [U("Is it?")]),
+    "message prompt that the messages repeat": ({"prompt": [U("Is it?")], **TALK}, [U("Is it?")]),
+    "message prompt, repeated without its system message": ({"prompt": [S("s"), U("Is it?")], **TALK}, [S("s"), U("Is it?")]),
+    "message prompt, repeated after a system message": ({"prompt": [U("Is it?")], **{side: [S("s"), *TALK[side]] for side in TALK}},
+                                                        [S("s"), U("Is it?")]),
+    "messages, no prompt": ({side: [U("Hi"), A("Hi!"), *TALK[side]] for side in TALK}, [U("Hi"), A("Hi!"), U("Is it?")]),
+    "messages with more keys": ({"prompt": [{**U("Is it?"), "id": 7}], **ANSWERS}, [U("Is it?")]),
+    "texts, no prompt": ({side: "Is it? " + text for side, text in ANSWERS.items()}, "Is it? "),
+    "Anthropic HH": ({side: HH + text + " It" for side, text in ANSWERS.items()}, HH),
+    "instruction": ({"instruction": "Add.", "input": "", **ANSWERS}, "Add."),
+    "instruction and input": ({"instruction": "Add.", "input": "1, 2", **ANSWERS}, "Add.\n\n1, 2"),
+    "question": ({"question": "Is it?", **ANSWERS}, [U("Is it?")]),
+    "question and an empty system": ({"question": "Is it?", "system": "", **ANSWERS}, [U("Is it?")]),
+    "question and system": ({"question": "Is it?", "system": "s", **ANSWERS}, [S("s"), U("Is it?")]),
+}
+
+
+@pytest.mark.parametrize("row, prompt", FORMATS.values(), ids=FORMATS)
+def test_documented_formats_give_exactly_their_texts(row, prompt, tmp_path):
+    pair = {"prompt": prompt, **{side: text + " It" * (prompt == HH) for side, text in ANSWERS.items()}}
+    for name, content in (("p.jsonl", jsonl(row)), ("p.json", json.dumps([row])), ("p.jsonl.gz", gzip.compress(jsonl(row)))):
+        assert read_back(tmp_path / name, content) == [pair], f"{name} changed the pair"
+
+
+def test_csv_keeps_every_cell_the_text_that_it_is(tmp_path):
+    row, path = {"prompt": "null", "chosen": "NA", "rejected": "42"}, tmp_path / "p.csv"
+    assert read_back(path, csv_file("null,NA,42", *map(csv_line, GOOD))) == [row, *GOOD], "a cell is not the text in the file"
+    assert read_back(path, b"prompt,chosen,rejected\r\nnull,NA,42\r\n") == [row], "CRLF changed a cell"
+    indexed = csv_file("0,null,NA,42", header=",prompt,chosen,rejected")  # what pandas writes without index=False
+    assert read_back(path, indexed) == [row], "a column without a name was not left out"
+
+
+@pytest.mark.parametrize("name, content", {"p.jsonl": ROWS4, "p.json": jsonl(GOOD), "p.csv": csv_file(*map(csv_line, GOOD))}.items(),
+                         ids=["jsonl", "json", "csv"])
+def test_byte_order_mark_crlf_and_blank_lines_change_nothing(name, content, tmp_path):
+    crlf = content if name == "p.csv" else content.replace(b"\n", b"\r\n")  # within a csv cell it would be another text
+    for kind, changed in (("byte-order mark", b"\xef\xbb\xbf" + content), ("blank lines before", b"\n" + content),
+                          ("blank lines after", content + b"\n\n"), ("CRLF", crlf)):
+        assert read_back(tmp_path / name, changed) == GOOD, f"{kind}: other pairs"
+
+
+def test_splits_spans_keywords_and_places(tmp_path):
+    more = {"chosen_errors": [[0, 1]], "rejected_errors": [], "keywords": ["café"]}
+    splits = ({**more, "split": "warmup"}, {"split": "test"}, {"split": None}, {"split": "train"})
+    path = put(tmp_path / "p.jsonl", b"\n" + jsonl(*({**row, **split} for row, split in zip(GOOD, splits))))
+    assert texts(treg.load_pairs(path)) == GOOD[2:], "train is the rows that say so or name no split"
+    assert treg.load_pairs(path, "test") == [{**GOOD[1], "where": f"{path}:3"}], "where is not the line of the row"
+    assert texts(treg.load_pairs(path, "warmup")) == [{**GOOD[0], **more}], "spans or keywords were lost"
+
+
+def test_parquet_is_read_as_it_is_now_also_gzipped_and_empty(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def parquet(rows, table=pyarrow.Table.from_pylist(GOOD)):
+        sink = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows) if rows else table.slice(0, 0), sink)
+        return sink.getvalue().to_pybytes()
+    path, spans = tmp_path / "p.parquet", {"chosen_errors": [[0, 3]]}
+    assert read_back(tmp_path / "m.parquet", parquet([{**TALK, **spans}] * 3)) == [{"prompt": [U("Is it?")], **ANSWERS, **spans}] * 3
+    for rows in (GOOD[:2], GOOD[2:]):
+        os.utime(put(path, parquet(rows)), (1, 1))
+        assert texts(treg.load_pairs(path)) == rows, "not the rows in the file: those of a cache that goes by path and time?"
+    with pytest.raises(treg.UserError, match=r"p\.parquet: holds no rows"):
+        read_back(path, parquet([]))
+    with pytest.raises(treg.UserError, match=r"p\.parquet: damaged"):
+        read_back(path, parquet(GOOD)[:-30])
+    assert read_back(tmp_path / "p.parquet.gz", gzip.compress(parquet(GOOD))) == GOOD, "load_pairs promises .gz too"
+
+
+PIECES = [b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b"\0", b"\xff", b"\xc3", b"\xef\xbb\xbf", b"\\ud83d",
+          b"null", b"NaN", b"\xed\xa0\x80"]
+
+
+def mutate(data, rng):
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        at, length = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 8, 40))
+        new, skip = rng.choice(((bytes([rng.randrange(256)]), 1), (b"", length), (rng.choice(PIECES), 0), (data[at:at + length], 0),
+                                (rng.choice(PIECES), length), (b"", len(data) if rng.random() < 0.1 else 1)))
+        data = data[:at] + new + data[at + skip:]
+    return data
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.jsonl.gz"])
+def test_damaged_bytes_give_the_texts_in_the_file_or_a_user_error(name, tmp_path):
+    """Thousands of damaged files: no other exception, no row lost, and no text that the file does not hold."""
+    rows = [*GOOD[:2], TALK, {"instruction": "é", "chosen": "\u2028a", "rejected": "\tb", "chosen_errors": [[0, 2]]}]
+    good = {"p.jsonl": jsonl(*rows), "p.json": json.dumps(rows, ensure_ascii=False).encode(),
+            "p.csv": csv_file(*map(csv_line, GOOD)), "p.jsonl.gz": gzip.compress(jsonl(*rows), mtime=0)}[name]
+    rng, path, refused, whole = random.Random(name), tmp_path / name, 0, read_back(tmp_path / name, good)
+    for _ in range(1500):
+        data = mutate(good, rng)
+        try:
+            pairs = read_back(path, data)
+        except treg.UserError as error:
+            refused += 1
+            assert re.fullmatch(re.escape(str(path)) + r"(:(row )?\d+)?: [^\n]+", str(error)), f"{data!r}: {error}"
+            continue
+        except Exception as error:
+            pytest.fail(f"{error!r} instead of a UserError, of {data!r}")
+        if name == "p.jsonl.gz":
+            assert pairs == whole, f"other texts, past the checksum, of {data!r}"
+        elif name != "p.csv":
+            lines = [line for line in data.split(b"\n") if line.strip(b"\xef\xbb\xbf \t\r")] if name == "p.jsonl" else [data]
+            held = [json.loads(line.decode("utf-8-sig")) for line in lines]
+            held = held if name == "p.jsonl" else held[0]
+            assert 0 < len(pairs) == len(held), f"{len(held)} rows gave {len(pairs)} pairs, of {data!r}"
+            for pair, row in zip(pairs, held):
+                for side in treg.SIDES:
+                    text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
+                    shared = isinstance(row[side], str) and row.get("prompt") is None and "instruction" not in row
+                    assert (pair["prompt"] if shared else "") + pair[side] == text, f"{side} is not the text in {data!r}"
+    assert 5 < refused < 1495, f"a blunt test: {refused} of 1500 refused"
+
+
+@pytest.mark.parametrize("name, header, line", [("p.jsonl", "\n", '{{"prompt": "p{0}", "chosen": "yes {0}", "rejected": "no {0}"}}\n'),
+                                                ("p.csv", "prompt,chosen,rejected\n", "p{0},yes {0},no {0}\n")], ids=["jsonl", "csv"])
+def test_reading_time_is_in_proportion_to_rows(name, header, line, tmp_path):
+    seconds = {5_000: 99, 20_000: 99}
+    for count in [*seconds] * 2:
+        path = put(tmp_path / name, header + "".join(map(line.format, range(count))))
+        start = time.process_time()
+        assert len(treg.load_pairs(path)) == count
+        seconds[count] = min(seconds[count], time.process_time() - start)
+    assert seconds[20_000] < 4 * 1.5 * seconds[5_000] + 0.2, f"not in proportion: {seconds}"

@@ -30,6 +30,7 @@ import gzip
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -43,8 +44,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 import transformers
+from pyarrow.parquet import ParquetFile
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------- 1 prompts
@@ -163,13 +165,15 @@ def read_rows(source, split):
             rows = ((f"row {n}", row) for n, row in enumerate(rows, 1))
         elif kind == "csv":  # the standard library leaves every cell the text that it is, "NA" and "42" too
             csv.field_size_limit(sys.maxsize)
-            reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), restkey="", strict=True)
-            rows = ((reader.line_num, {name: cell for name, cell in row.items() if cell}) for row in reader)
-        else:
-            from datasets import Dataset
-            rows = ((f"row {n}", row) for n, row in enumerate(Dataset.from_parquet(source), 1))
+            reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""), strict=True)
+            header = next(filter(None, reader), [])
+            rows = ((reader.line_num, {name: cell for name, cell in itertools.zip_longest(header, cells) if cell})
+                    for cells in reader if cells)
+        else:  # by Arrow, which datasets rests on: datasets itself would keep a copy and may read an old one
+            rows = (row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist())
+            rows = ((f"row {n}", row) for n, row in enumerate(rows, 1))
         for count, (line, row) in enumerate(rows, 1):
-            if kind == "csv" and "" in row:
+            if kind == "csv" and None in row:
                 raise UserError(f"{path}:{line}: more cells than columns; quote the cells that hold commas")
             yield f"{path}:{line}", row
     except (UserError, GeneratorExit):
@@ -211,7 +215,7 @@ def read_text(value, name, where, blank=False):
     if not blank and not value.strip():
         raise UserError(f"{where}: {name} is blank; give it text or take the row out")
     if re.search("[\ud800-\udfff]", value):
-        raise UserError(f"{where}: {name} holds half a surrogate pair, which is no character; mend the \\ud… in it")
+        raise UserError(f"{where}: {name} holds what is no character, a broken \\u escape or byte; save it as UTF-8")
     return value
 
 
@@ -244,10 +248,9 @@ def read_pair(row, where):
         extra = read_text(row["input"], "input", where, blank=True) if row.get("input") is not None else ""
         prompt = read_text(row["instruction"], "instruction", where) + f"\n\n{extra}" * bool(extra.strip())
     elif prompt is None and "question" in row:
-        system = row.get("system") not in (None, "")
-        prompt = [{"role": role, "content": row[name]} for role, name in (("system", "system"), ("user", "question"))]
-        prompt = prompt[not system:]
-    elif prompt is None and not shared:  # the prompt is what both begin with; Anthropic HH marks its end
+        prompt = [{"role": role, "content": row[name]} for role, name in (("system", "system"), ("user", "question"))
+                  if name == "question" or row.get(name) not in (None, "")]
+    elif prompt is None and isinstance(row["chosen"], str):  # the prompt is what both begin with; Anthropic HH marks its end
         prompt = os.path.commonprefix([chosen, rejected])
         if "\n\nAssistant:" in prompt:
             prompt = prompt[:prompt.rindex("\n\nAssistant:") + len("\n\nAssistant:")]
@@ -255,8 +258,10 @@ def read_pair(row, where):
                             for text in (chosen, rejected))
     if isinstance(prompt, list):
         prompt = read_messages(prompt, "prompt", where, None)
-        shared = shared if shared[:len(prompt)] == prompt else prompt + shared
-    # a text prompt beside message lists is repeated in them (UltraFeedback)
+        # one may repeat the other, without its system message
+        shared = max(prompt, shared, key=len) if shared[-1:] == prompt[-1:] else shared if shared[:len(prompt)] == prompt else prompt + shared
+    elif prompt is not None:  # a text beside message lists is repeated in them (UltraFeedback)
+        read_text(prompt, "prompt", where)
     prompt = read_messages(shared or prompt, "prompt", where, "user")
     pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "where": where}
     for side in SIDES:
@@ -296,9 +301,9 @@ def render(tokenizer, messages, **options):
     """The messages in the model's template, as text; where the template refuses a system role, the user says it."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception:
+    except Exception as error:  # jinja has many
         if messages[0]["role"] != "system" or len(messages) < 2:
-            raise
+            raise ValueError(f"the chat template refuses it: {one_line(error)}") from None
         user = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
         return tokenizer.apply_chat_template([user, *messages[2:]], tokenize=False, **options)
 
@@ -345,8 +350,8 @@ def fit(tokenizer, pair, room, style):
                 forms[f"{side}_better_ids"], forms[f"{side}_worse_ids"] = contrastive_prompts(messages, pair[side], style)
         try:
             ids = {name: np.array(prompt_ids(tokenizer, form), np.int32) for name, form in forms.items()}
-        except Exception as error:  # jinja's; a template may refuse roles that do not alternate
-            raise UserError(f"{pair['where']}: the model's chat template refuses it ({one_line(error)})") from None
+        except ValueError as error:  # such as roles that do not alternate
+            raise UserError(f"{pair['where']}: {error}; take the row out") from None
         excess = max(map(len, ids.values())) - room
         if excess <= 0:
             return ids, cut
@@ -634,10 +639,13 @@ def resume(out, model, optimizer):
     """Load the checkpoint of out, if it has one, and cut later lines from metrics.jsonl. -> the number of steps done."""
     step = 0
     if (out / "checkpoint.pt").exists():
-        state = torch.load(out / "checkpoint.pt", map_location=model.device, weights_only=True, mmap=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        try:
+            state = torch.load(out / "checkpoint.pt", map_location=model.device, weights_only=True, mmap=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+        except Exception as error:
+            raise UserError(f"{out}/checkpoint.pt: is damaged ({one_line(error)}); without it --resume starts anew") from None
     log = out / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True)[:step] if log.exists() else []
     write(log, lambda path: path.write_text("".join(lines)))
@@ -806,7 +814,7 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
             if math.isfinite(value) and (low < value if above else low <= value) and value <= high:
                 return value
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
                                          f"{'above' if above else 'from'} {low}" + f" to {high}" * math.isfinite(high))
@@ -863,6 +871,11 @@ def parse(argv):
     s = parser.parse_args(argv)
     if s.resume and not s.out:
         parser.error("argument --resume: needs --out, the folder of the run to go on with")
+    if s.check_prompts and (not s.alpha or s.token_rewards != "contrastive"):
+        parser.error("argument --check-prompts: there are no prompts with --alpha 0 or other --token-rewards")
+    for name in ("model", "data", "prompts", "reward_model", "device", "out"):
+        if getattr(s, name) == "":  # an unset variable of the shell's
+            parser.error(f"argument --{name.replace('_', '-')}: is empty")
     s.beta, s.gamma = s.beta or BETA[s.algorithm], GAMMA[s.algorithm] if s.gamma is None else s.gamma
     s.epochs = s.epochs or (1 if s.model else 3)
     return s
@@ -885,24 +898,31 @@ def read_prompts(name):
     if not Path(name).is_file():
         raise UserError(f"--prompts {name}: no such file; use auto, {', '.join(PROMPTS)} or a .json file")
     style = parse_json(Path(name).read_bytes(), name)
-    if not isinstance(style, dict) or not all(isinstance(style.get(side), str) for side in ("better", "worse")):
-        raise UserError(f'--prompts {name}: must be an object with the texts "better" and "worse"')
+    if not isinstance(style, dict) or style.get("better") == style.get("worse"):
+        raise UserError(f'--prompts {name}: must be an object with two different texts, "better" and "worse"')
     for side in ("better", "worse"):
-        fields = set(re.findall(r"\{(\w*)\}", style[side]))
-        if "prompt" not in fields or fields > {"prompt", "response"}:
+        fields = set(re.findall(r"\{(\w*)\}", read_text(style.get(side), side, f"--prompts {name}")))
+        if not {"prompt"} <= fields <= {"prompt", "response"}:
             raise UserError(f"--prompts {name}: {side} needs the field {{prompt}}, may have {{response}}, and no other")
     return {side: style[side] for side in ("better", "worse")}
 
 
 def load_model(name, flag, device, checkpointing=False):
     """-> (model with float32 weights and no dropout, tokenizer with a chat template), from a folder or the hub."""
-    folder = Path(name)
-    if (folder.exists() or name.startswith((".", "/", "~"))) and not (folder / "config.json").is_file():
-        raise UserError(f"{flag} {name}: is no model folder; it must be there and hold a config.json")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         # asked for, as 16-bit weights would otherwise stay so, and round small updates away
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"]:  # transformers would fill them with random numbers
+            raise ValueError(f"weights missing: {', '.join(sorted(report['missing_keys']))}")
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("no tokenizer")
+        if not tokenizer.chat_template:
+            begins = tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+            tokenizer.chat_template = "{{ bos_token }}" * bool(begins) + PLAIN_TEMPLATE
+        if end_token(tokenizer) is None:
+            raise ValueError("no end token: set the tokenizer's eos_token")
+        model.to(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -912,11 +932,6 @@ def load_model(name, flag, device, checkpointing=False):
     if len(tokenizer) > embeddings:
         raise UserError(f"{flag} {name}: the tokenizer has {len(tokenizer)} tokens, the model {embeddings}; they do not "
                         "belong together")
-    if tokenizer.chat_template is None:
-        begins = tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        tokenizer.chat_template = "{{ bos_token }}" * bool(begins) + PLAIN_TEMPLATE
-    if end_token(tokenizer) is None:
-        raise UserError(f"{flag} {name}: the tokenizer has no end token; set its eos_token")
     if checkpointing:  # it asks for training mode, which dropout must not get: else π is not π_ref at step 0
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in model.modules():
@@ -940,9 +955,9 @@ def choose_prompts(model, tokenizer, pairs, s, style, scorer):
     """Measure a style, for "auto" each of PROMPTS, on up to 200 pairs, and print how they do. -> the best style."""
     results = []
     for name, style in [(name, name) for name in PROMPTS] if style == "auto" else [(s.prompts, style)]:
-        some, _ = encode(tokenizer, pairs[:200], s.max_length, style)
+        some, report = encode(tokenizer, pairs[:200], s.max_length, style)
         if not some:
-            raise UserError(f"--max-length {s.max_length}: none of the first 200 pairs fits with the prompts {name}")
+            raise UserError(f"{s.data}: none of the first 200 pairs is left with the prompts {name} ({report})")
         share, low, high = pair_accuracy(annotate(model, tokenizer, some, style, scorer, s.batch_size))
         print(f"prompts {name}: pair accuracy {share:.3f} (95 % interval {low:.3f} to {high:.3f}, {len(some)} pairs)")
         results.append((share, low, name, style))
@@ -991,6 +1006,8 @@ def save_settings(out, settings):
     path = out / "settings.json"
     if path.exists():
         saved = parse_json(path.read_bytes(), path)
+        if not isinstance(saved, dict):
+            raise UserError(f"{path}: is damaged; name another --out")
         changed = [f"{name} was {saved.get(name)} and is {value}" for name, value in settings.items()
                    if saved.get(name) != value and name not in ("out", "resume", "save_every")]
         if changed:
@@ -1046,7 +1063,6 @@ def load_models(s, device):
         model.to(device)
     size, scorer = sum(parameter.numel() for parameter in model.parameters()), None
     s.lr = s.lr or default_lr(size)
-    s.max_length = min(s.max_length, getattr(model.config, "max_position_embeddings", s.max_length))
     print(f"model: {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, learning rate {s.lr}, on {device}")
     if s.lr > 1e-5 and size > 1e8:
         print(f"warning: --lr {s.lr} is one for adapters; to train all of this model, try {default_lr(size)}")
@@ -1055,11 +1071,16 @@ def load_models(s, device):
         if other.get_vocab() != tokenizer.get_vocab():
             raise UserError(f"--reward-model {s.reward_model}: has another tokenizer than the model, so its token rewards "
                             "would be for other tokens; name one with the same")
+    for each in (model, scorer or model):
+        s.max_length = min(s.max_length, getattr(each.config.get_text_config(), "max_position_embeddings", s.max_length))
     return model, tokenizer, scorer
 
 
 def prepare(s, out, device, style, summary):
     """-> (model, tokenizer, annotated training pairs, annotated pairs for evaluation), or None after --check-prompts."""
+    for flag, name in (("--model", s.model), ("--reward-model", s.reward_model)):
+        if name and (Path(name).exists() or name[0] in "./~") and not Path(name, "config.json").is_file():
+            raise UserError(f"{flag} {name}: is no model folder; it must be there and hold a config.json")
     texts = dict(zip(("train", "test"), load_data(s)))
     model, tokenizer, scorer = load_models(s, device)
     if not s.alpha or s.token_rewards != "contrastive":
@@ -1106,12 +1127,12 @@ def run(s):
     transformers.logging.set_verbosity_error()
     device, style = choose_device(s.device), read_prompts(s.prompts)
     out, summary = Path(s.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S")), {}
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a new folder")
+    if not next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir():
+        raise UserError(f"--out {out}: is a file, or in one; name a new folder")
     if s.resume and (out / "summary.json").exists():
         return print(f"{out}: this run is finished; its results are in summary.json")
-    if not s.resume and out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: is not empty; name a new folder, or go on with the run in it by --resume")
+    if out.exists() and any(out.iterdir()) and not (s.resume and (out / "settings.json").exists()):
+        raise UserError(f"--out {out}: is not empty; name a new folder, or one that holds a run and --resume")
     prepared = prepare(s, out, device, style, summary)
     if prepared is None:
         return
@@ -1125,15 +1146,16 @@ def run(s):
     tokenizer.save_pretrained(out)
     for name in ("credit_auroc", "credit_auroc_pooled") + ("accuracy", "margin") * (s.algorithm == "dpo"):
         before[name] = None  # a constant by construction: the model is its own reference
-    show(before, after, list(zip(test, old, new)), (test or pairs)[0], tokenizer)
     summary |= {"before": before, "after": after, "pairs": len(pairs), "steps": steps, "settings": vars(s)}
     write(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     (out / "checkpoint.pt").unlink(missing_ok=True)
+    show(before, after, list(zip(test, old, new)), (test or pairs)[0], tokenizer)
     print(f"\n{out}: the model, metrics.jsonl, settings.json and summary.json")
 
 
 def main(argv=None):
     s = parse(argv)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that knows no "–" is no reason to stop
     try:
         run(s)
     except torch.OutOfMemoryError:
@@ -1141,7 +1163,7 @@ def main(argv=None):
     except UserError as problem:
         error = problem
     except OSError as problem:
-        error = f"{problem.filename or s.out}: {problem.strerror or problem}"
+        error = f"{problem.filename or 'standard output'}: {problem.strerror or problem}"
     except KeyboardInterrupt as stop:
         print(f"treg.py: {stop if stop.args else 'stopped; training had not begun'}", file=sys.stderr)
         return 130
