@@ -5,6 +5,7 @@ The heart is derivations done by hand, in the docstring, and asserted to 1e-10 i
 """
 import argparse
 import copy
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -13,11 +14,14 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -1150,3 +1154,515 @@ def test_reading_time_is_in_proportion_to_rows(name, header, line, tmp_path):
         assert len(treg.load_pairs(path)) == count
         seconds[count] = min(seconds[count], time.process_time() - start)
     assert seconds[20_000] < 4 * 1.5 * seconds[5_000] + 0.2, f"not in proportion: {seconds}"
+
+
+# ------------------------------------------------------------------------- long runs, and bugs that others have had
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA, BARE = "{{ bos_token }}" + CHATML, "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+STRICT = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+          "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
+          "{% endfor %}" + CHATML)
+BASIC = ["--prompts", "answer", "--holdout", "4", "--batch-size", "4", "--lr", "1e-3", "--save-every", "2", "--epochs", "2"]
+CPU, STEPS, LOG = torch.device("cpu"), 12, "metrics.jsonl"  # 21 training pairs: 6 steps an epoch, the last of one pair
+FOLDERS = tempfile.TemporaryDirectory()
+
+
+def small_tokenizer(template=None, bos=None, adds_bos=False):
+    """A byte-level BPE tokenizer whose padding is its end token; adds_bos: it writes its BOS itself, like Llama's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [*treg.PROMPTS["answer"].values(), *treg.PROMPTS["revise"].values(), *["the cat", "The number is"] * 3]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>", "<s>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if adds_bos:
+        bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+                                   chat_template=template)
+
+
+@functools.cache
+def model_folder(kind="gpt2", dtype=torch.float32, template=None, bos=None, adds_bos=False, dropout=0.0):
+    """A model of 20 thousand random weights with its tokenizer -> their folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    shape = {"gpt2": dict(n_layer=1, n_embd=32, n_head=2, n_positions=512, initializer_range=0.1,
+                          resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout),
+             "opt": dict(num_hidden_layers=1, hidden_size=32, word_embed_proj_dim=32, ffn_dim=32, num_attention_heads=2,
+                         max_position_embeddings=512, init_std=0.1, dropout=dropout, attention_dropout=dropout, layerdrop=0.0),
+             "bloom": dict(n_layer=1, hidden_size=32, n_head=2, initializer_range=0.1)}[kind]
+    folder, tokenizer = tempfile.mkdtemp(dir=FOLDERS.name), small_tokenizer(template, bos, adds_bos)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0, **shape)
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def write_pairs(name, extra=""):
+    path = Path(FOLDERS.name, name)
+    path.write_text("".join(json.dumps({"prompt": "Say the number " * (1 + i % 3) + str(i), "rejected": f"No {i * 7} for you",
+                                        "chosen": f"The number is {i}." * (1 + i % 2) + extra}) + "\n" for i in range(25)))
+    return str(path)
+
+
+def long_run(out, *options):
+    return ["--model", model_folder(), "--data", write_pairs("pairs.jsonl"), "--out", str(out), *BASIC, *map(str, options)]
+
+
+def go(out, *options):
+    return treg.main(long_run(out, *options))
+
+
+def lines(out):
+    return (out / LOG).read_text().splitlines() if (out / LOG).exists() else []
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+    return load_file(Path(folder, "model.safetensors"))
+
+
+@functools.cache
+def straight():
+    """-> (metrics.jsonl, final weights) of the run that nothing interrupts."""
+    assert go(Path(FOLDERS.name, "straight")) == 0
+    return Path(FOLDERS.name, "straight", LOG).read_bytes(), weights(Path(FOLDERS.name, "straight"))
+
+
+def check_same(out, what):
+    log, wanted = straight()
+    assert (out / LOG).read_bytes() == log, f"{what}: metrics.jsonl differs from the uninterrupted run's"
+    found = weights(out)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted), \
+        f"{what}: final weights differ from the uninterrupted run's"
+    assert not list(out.glob("*.tmp")), f"{what}: left a temporary file"
+
+
+def check_resumed(out, what):
+    assert go(out, "--resume") == 0
+    check_same(out, f"resumed after {what}")
+
+
+def refusal(capsys, what, out, *options):
+    """The error line of a long_run that must end by exit 2."""
+    capsys.readouterr()
+    try:
+        code = go(out, *options)
+    except Exception as error:
+        pytest.fail(f"{what}: a traceback and not one line: {error!r:.300}")
+    found = re.findall(r"treg\.py: error: (.*)", capsys.readouterr().err)
+    assert code == 2 and len(found) == 1, f"{what}: exit {code}, not 2; error lines {found}"
+    return found[0]
+
+
+def kill(monkeypatch, out, where, at, *options):
+    """Run and die, uncaught, before or after the at-th optimiser step or writing of a checkpoint."""
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) < at or "after" in where:
+            original(*args, **kwargs)
+        if len(calls) == at:
+            raise SystemExit("killed")
+    owner, name = (treg.torch.optim.AdamW, "step") if "step" in where else (treg.torch, "save")
+    original, calls = getattr(owner, name), []
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        patch.setattr(owner, name, dying)
+        go(out, *options)
+
+
+def count_calls(monkeypatch, owner, name):
+    calls, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------------ long runs
+@pytest.mark.parametrize("where, at, saved", [("before step", 2, 0), ("after step", 4, 2), ("before save", 2, 2),
+                                              ("after save", 3, 4)])
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(monkeypatch, tmp_path, where, at, saved):
+    kill(monkeypatch, tmp_path, where, at)
+    with open(tmp_path / LOG, "a") as log:
+        log.write('{"step": 99, "lo')  # cut off by the kill
+    (tmp_path / "checkpoint.pt.tmp").write_bytes(b"half a save")
+    kill(monkeypatch, tmp_path, "before step", 1, "--resume")
+    assert lines(tmp_path) == straight()[0].decode().splitlines()[:saved], "lines after the checkpoint must be cut first"
+    check_resumed(tmp_path, f"killed {where} {at}, and again")
+
+
+def test_signals_to_a_real_process(tmp_path):
+    """SIGINT, SIGTERM, then SIGKILL, each to a process that went on from the one before; this process finishes the run."""
+    slow = (f"import sys, time; sys.path.insert(0, sys.argv.pop(1)); import treg; step = treg.torch.optim.AdamW.step\n"
+            f"treg.torch.set_num_threads({torch.get_num_threads()})  # other threads add in another order\n"
+            "def slow(*args, **kwargs): time.sleep(0.1); return step(*args, **kwargs)\n"
+            "treg.torch.optim.AdamW.step = slow; sys.exit(treg.main(sys.argv[1:]))")
+    out, said = tmp_path / "out", tmp_path / "stderr.txt"
+    for number, at in ((signal.SIGINT, 2), (signal.SIGTERM, 5), (signal.SIGKILL, 8)):
+        with said.open("w") as err:
+            arguments = long_run(out, "--save-every", "99", *["--resume"] * out.exists())
+            process = subprocess.Popen([sys.executable, "-c", slow, str(Path(treg.__file__).parent), *arguments],
+                                       stdout=subprocess.DEVNULL, stderr=err)
+        end = time.monotonic() + 60
+        while len(lines(out)) < at and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        process.send_signal(number)
+        code, text = process.wait(30), said.read_text()[-500:]
+        assert code == (-9 if number == signal.SIGKILL else 130), f"{number.name}: exit {code}: {text}"
+        if code == 130:
+            assert f"--resume --out {out}" in text, f"{number.name}: must say how to go on: {text}"
+            done = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+            assert done == len(lines(out)) < STEPS, f"{number.name}: stopped without having saved its last step"
+    check_resumed(out, "SIGINT, SIGTERM and SIGKILL")
+
+
+def test_interrupt_in_the_dpo_run_that_makes_token_rewards(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    steps = count_calls(monkeypatch, treg.torch.optim.AdamW, "step")
+    step = treg.torch.optim.AdamW.step
+    monkeypatch.setattr(treg.torch.optim.AdamW, "step", lambda *args, **kwargs: (
+        step(*args, **kwargs), len(steps) == 2 and os.kill(os.getpid(), signal.SIGINT))[0])
+    code = treg.main([word for word in long_run("--out", "--token-rewards", "dpo") if word != "--out"])
+    assert code == 130 and len(steps) < STEPS, f"Ctrl-C was lost in the first DPO run: exit {code} after {len(steps)} steps"
+    (out,), err = (tmp_path / "runs").iterdir(), capsys.readouterr().err
+    assert "--resume" not in err or f"--resume --out runs/{out.name}" in err, f"names another folder than {out}: {err[-200:]}"
+
+
+def test_resume_refuses_another_run_and_names_what_differs(monkeypatch, tmp_path, capsys):
+    kill(monkeypatch, tmp_path, "before step", 4)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = write_pairs("other.jsonl", " Yes.")
+    for options, words in ((["--lr", "2e-3"], ["lr", "0.001", "0.002"]), (["--alpha", "0.5"], ["alpha", "0.25", "0.5"]),
+                           (["--seed", "1"], ["seed"]), (["--data", other], ["data", "other.jsonl"])):
+        line = refusal(capsys, f"--resume with {options}", tmp_path, "--resume", *options)
+        assert all(word in line for word in words), f"--resume with {options} must name {words}: {line}"
+    with monkeypatch.context() as patch:  # the same name, other content
+        patch.setattr(treg, "load_pairs", lambda source, split="train", load=treg.load_pairs: [
+            {**pair, "chosen": pair["chosen"] + "!"} for pair in load(source, split)])
+        assert re.search("data|pairs", refusal(capsys, "--resume with changed data", tmp_path, "--resume"))
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}, "a refused --resume changed the folder"
+    check_resumed(tmp_path, "refusals")
+
+
+def test_resume_from_nothing_of_a_finished_run_and_over_a_model(monkeypatch, tmp_path, capsys):
+    check_resumed(tmp_path / "new", "nothing: there was no run yet")
+    before, steps = {p: p.stat().st_mtime_ns for p in (tmp_path / "new").iterdir()}, count_calls(monkeypatch, treg, "train")
+    capsys.readouterr()
+    assert go(tmp_path / "new", "--resume") == 0 and not steps and "finished" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "new").iterdir()}, "a finished run was written to"
+    assert "--resume" in refusal(capsys, "a second run in the same folder", tmp_path / "new")
+    shutil.copytree(model_folder(), tmp_path / "model")
+    refusal(capsys, "--resume in a folder that holds the user's own model, no run", tmp_path / "model", "--resume")
+
+
+def test_annotation_is_reused_and_never_if_stale_or_damaged(monkeypatch, tmp_path):
+    first, name = tmp_path / "first", "annotation.safetensors"
+    kill(monkeypatch, first, "before step", 4)
+    kill(monkeypatch, tmp_path / "stale", "before step", 1, "--prompts", "revise")
+    calls, whole = count_calls(monkeypatch, treg, "annotate"), (first / name).read_bytes()
+    middle, header = len(whole) // 2, int.from_bytes(whole[:8], "little")
+    flipped = {f"byte {i} flipped": whole[:i] + bytes([whole[i] ^ 64]) + whole[i + 1:]
+               for i in (header // 2, middle, len(whole) - 1)}
+    for case, raw in {"whole": whole, "truncated": whole[:middle], "empty": b"", **flipped,
+                      "float32 read as int32": whole.replace(b'"F32"', b'"I32"'),
+                      "another key": (tmp_path / "stale" / name).read_bytes()}.items():
+        out = shutil.copytree(first, tmp_path / case)
+        (out / name).write_bytes(raw)
+        calls.clear()
+        assert go(out, "--resume") == 0
+        assert len(calls) == (case != "whole"), f"annotation {case}: annotated {len(calls)} times"
+        check_same(out, f"annotation {case}")
+
+
+def test_non_finite_loss_stops_names_the_pairs_and_keeps_the_checkpoint(monkeypatch, tmp_path, capsys):
+    def nan_at_step_5(model, pairs, s):
+        loss, *rest = original(model, pairs, s)
+        if len(lines(tmp_path)) == 4 and torch.is_grad_enabled():
+            batch.extend(pair["where"] for pair in pairs)
+            loss = loss * math.nan
+        return loss, *rest
+    original, batch = treg.losses, []
+    with monkeypatch.context() as patch:
+        patch.setattr(treg, "losses", nan_at_step_5)
+        line = refusal(capsys, "a NaN loss", tmp_path)
+    assert "step 5" in line and len(batch) == 4 and all(where in line for where in batch), f"step 5 and {batch} in: {line}"
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
+    check_resumed(tmp_path, "a NaN")
+
+
+@pytest.mark.parametrize("name, limit", [("annotation.safetensors", 4096), ("checkpoint.pt", 60000), ("checkpoint.pt", None),
+                                         ("metrics.jsonl", 2200)])
+def test_full_disk_leaves_the_old_checkpoint_whole(monkeypatch, tmp_path, capsys, name, limit):
+    """limit: one on file sizes, so that each library's own write fails with its own exception; else torch.save is replaced."""
+    def full(state, path):
+        Path(path).write_bytes(b"PK half a checkpoint")
+        raise OSError(28, "No space left on device")
+    kill(monkeypatch, tmp_path, "before step", 4)
+    if name == "annotation.safetensors":
+        (tmp_path / name).unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit or before[0], before[1]))
+        if limit is None:
+            patch.setattr(treg.torch, "save", full)
+        try:
+            rarely = ["--save-every", "99"] * (name == "metrics.jsonl")  # else the checkpoint fails first
+            line = refusal(capsys, f"no room for {name}", tmp_path, "--resume", *rarely)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert name in line and (limit or "No space left" in line), line
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2, "the old checkpoint must stay whole"
+    assert not list(tmp_path.glob("*.tmp")), "a full disk left a .tmp, which keeps it full"
+    check_resumed(tmp_path, f"no room for {name}")
+
+
+@pytest.mark.parametrize("kind", ["OSError", "SafetensorError", "KeyboardInterrupt"])
+def test_failure_in_the_final_save_loses_no_training(monkeypatch, tmp_path, capsys, kind):
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+    error = {"OSError": OSError(28, "No space left on device"), "SafetensorError": SafetensorError("I/O error: No space left"),
+             "KeyboardInterrupt": KeyboardInterrupt()}[kind]
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+        if kind == "KeyboardInterrupt":
+            assert go(tmp_path, "--save-every", "99") == 130
+            assert not re.search("not begun|before training", capsys.readouterr().err), "it had trained, but says it had not"
+        else:
+            assert "No space left" in refusal(capsys, f"{kind} in the final save", tmp_path, "--save-every", "99")
+    steps = count_calls(monkeypatch, treg.torch.optim.AdamW, "step")
+    check_resumed(tmp_path, "a failed final save")
+    assert not steps, f"a failed final save cost {len(steps)} steps: there was no checkpoint after the last step"
+
+
+def test_another_seed_gives_other_metrics(tmp_path):
+    assert go(tmp_path, "--seed", "1") == 0 and (tmp_path / LOG).read_bytes() != straight()[0]
+
+
+def test_output_folder(monkeypatch, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    monkeypatch.chdir(tmp_path)
+    assert treg.main([word for word in long_run("--out") if word != "--out"]) == 0
+    (out,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", out.name)
+    names = {"step", "loss", "margin", "accuracy", "weight", "agreement", "chosen_logps", "rejected_logps", "grad_norm", "lr"}
+    assert all(json.loads(line).keys() == names for line in lines(out)), "metrics.jsonl: nothing missing, no clock"
+    check_same(out, "the same long_run, a second time and in a folder named by the time")
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings.items() >= {"lr": 1e-3, "alpha": 0.25, "beta": 0.1, "seed": 0, "epochs": 2, "prompts": "answer"}.items()
+    assert torch.__version__ in json.dumps(settings), "versions"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights(out).items())
+    assert tokenizer.chat_template == treg.PLAIN_TEMPLATE, "the layout that a base model was trained with must be saved"
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(
+        f"summary.json holds {word}, which is no JSON: jq and browsers refuse the file"))
+    for name in [f"{phase}_{what}" for phase in ("annotate", "train") for what in ("seconds", "cpu_seconds", "tokens")]:
+        assert summary[name] > 0, name
+    assert summary["peak_memory_bytes"] > 2**20 and summary["steps"] == STEPS and not (out / "checkpoint.pt").exists()
+
+
+def test_nothing_is_unpickled(monkeypatch, tmp_path, capsys):
+    source = Path(treg.__file__).read_text()
+    loads = re.findall(r"torch\.load\([^\n]*", source)
+    assert loads and all("weights_only=True" in load for load in loads), loads
+    assert not re.search(r"trust_remote_code\s*=\s*True|import (pickle|dill|joblib)|allow_pickle\s*=\s*True", source)
+    kill(monkeypatch, tmp_path, "before step", 4)
+    bomb = f"cos\nsystem\n(S'touch {tmp_path}/executed'\ntR.".encode()
+    for packed in (False, True):
+        (tmp_path / "checkpoint.pt").write_bytes(bomb)
+        if packed:  # as torch.save packs it
+            with zipfile.ZipFile(tmp_path / "checkpoint.pt", "w") as file:
+                [file.writestr(f"archive/{name}", raw) for name, raw in (("data.pkl", bomb), ("version", "3\n"))]
+        try:
+            assert "checkpoint.pt" in refusal(capsys, "a checkpoint that is none", tmp_path, "--resume")
+        finally:
+            assert not (tmp_path / "executed").exists(), "resuming executed a long_run hidden in checkpoint.pt"
+
+
+def test_no_code_of_a_model_folder_runs(monkeypatch, tmp_path, capsys):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nraise ValueError('evil')\n")
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the library asks at a terminal unless it is told False
+    refusal(capsys, "a model folder with code", tmp_path / "out", "--model", tmp_path)
+    assert not (tmp_path / "executed").exists(), "code from the model folder ran: trust_remote_code must be False, not unset"
+
+
+# ------------------------------------------------------------------------------------------------- bugs of others
+USER = [{"role": "user", "content": "Say 7"}]
+
+
+def encode_one(tokenizer, prompt="Say 7", chosen="It is 7.", rejected="No.", max_length=512, style=None):
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "where": "x:1"}
+    return treg.encode(tokenizer, [pair], max_length, style)[0][0]
+
+
+@pytest.mark.parametrize("name, template, adds_bos, wanted", [("chat model", LLAMA, True, 1), ("base model", None, True, 1),
+                                                              ("GPT-2", None, False, 0)])
+def test_bos_is_written_once(name, template, adds_bos, wanted):
+    _, tokenizer = treg.load_model(model_folder(template=template, bos="<s>", adds_bos=adds_bos), "--model", CPU)
+    assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) == adds_bos
+    pair = encode_one(tokenizer, style="answer")
+    for key in [key for key in pair if key.endswith("_ids")]:
+        ids, count = pair[key].tolist(), 0 if key in ("chosen_ids", "rejected_ids") else wanted
+        assert ids.count(tokenizer.bos_token_id) == count, f"{name}: {key} holds BOS {ids.count(tokenizer.bos_token_id)} times"
+        assert not count or ids[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("template, end", [(CHATML, "<|im_end|>"), (LLAMA, "<|im_end|>"), (BARE, "<|endoftext|>"),
+                                           (treg.PLAIN_TEMPLATE, "<|endoftext|>")])
+def test_end_token_is_the_templates_own_and_there_once(template, end):
+    tokenizer = small_tokenizer(template, "<s>")
+    pair, token = encode_one(tokenizer, chosen="It is 7.", rejected="No." + end), tokenizer.convert_tokens_to_ids(end)
+    for ids in (pair["chosen_ids"].tolist(), pair["rejected_ids"].tolist()):
+        assert ids[-1] == token and ids.count(token) == 1, f"a response must end with one {end}: {tokenizer.decode(ids)}"
+
+
+def test_end_token_is_learned_although_it_is_the_padding():
+    model, tokenizer = treg.load_model(model_folder(), "--model", CPU)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    responses, prompt = treg.columns([encode_one(tokenizer)], "ids"), treg.prompt_ids(tokenizer, USER)
+    logps, mask = treg.response_logps(model, [prompt] * 2, responses)
+    assert mask.sum(-1).tolist() == [len(response) for response in responses], "the mask must cover the end token"
+    for row, response in zip(logps, responses):
+        logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        wanted = torch.stack([logits[len(prompt) + t - 1, token] for t, token in enumerate(response)])
+        assert torch.allclose(row[:len(response)], wanted, atol=1e-5), "log-probs, end token included"
+
+
+@pytest.mark.parametrize("options", [[], ["--gradient-checkpointing"]])
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])  # OPT's layers call dropout as a function of their own training flag
+def test_dropout_is_off(tmp_path, kind, options):
+    folder = model_folder(kind, dropout=0.5)
+    assert go(tmp_path, "--model", folder, *options) == 0
+    first = json.loads(lines(tmp_path)[0])
+    assert abs(first["loss"] - math.log(2)) < 1e-5 and abs(first["margin"]) < 1e-5, f"{kind} {options}: dropout: {first}"
+    model, tokenizer = treg.load_model(folder, "--model", CPU, bool(options))
+    pairs, _ = treg.encode(tokenizer, treg.load_pairs(write_pairs("pairs.jsonl")), 512)
+    one, two = ([pair["chosen_ref_logps"] for pair in treg.annotate(model, tokenizer, pairs, None)] for _ in range(2))
+    assert all(map(np.array_equal, one, two)), "the reference differs from one call to the next"
+
+
+def test_gradient_checkpointing_changes_neither_metrics_nor_samples(tmp_path):
+    assert go(tmp_path, "--gradient-checkpointing") == 0
+    for line, wanted in zip(lines(tmp_path), straight()[0].decode().splitlines(), strict=True):
+        assert json.loads(line) == pytest.approx(json.loads(wanted), abs=1e-5, rel=1e-5)
+    models = [treg.load_model(model_folder(), "--model", CPU, on) for on in (False, True)]
+    pairs, _ = treg.encode(models[0][1], treg.load_pairs(write_pairs("pairs.jsonl"))[:4], 512)
+    one, two = (treg.sample(model, tokenizer, pairs, seed=0, most=20) for model, tokenizer in models)
+    assert one == two, "samples differ: checkpointed layers drop the key-value cache, so they see one token alone"
+    for (model, tokenizer), times in zip(models, (1, 2)):
+        calls = []
+        model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        treg.response_logps(model, [pairs[0]["prompt_ids"].tolist()], [pairs[0]["chosen_ids"].tolist()])[0].sum().backward()
+        assert len(calls) == times, f"a layer was computed {len(calls)} times, not {times}: activations are not recomputed"
+
+
+def test_response_ids_do_not_depend_on_the_prompt():
+    tokenizer = small_tokenizer(BARE)
+    joint, apart = tokenizer("See the")["input_ids"], [tokenizer(part)["input_ids"] for part in ("See th", "e")]
+    assert joint != apart[0] + apart[1], "this tokenizer must merge across the boundary, else the test shows nothing"
+    pairs = [encode_one(tokenizer, prompt, "e cat", "e dog") for prompt in ("See th", "See ", "See:")]
+    wanted = tokenizer("e cat<|endoftext|>")["input_ids"]
+    assert all(pair["chosen_ids"].tolist() == wanted for pair in pairs), "the prompt's end changed the response's tokens"
+    assert [tokenizer.decode(pair["prompt_ids"]) for pair in pairs] == ["See th", "See ", "See:"]
+
+
+def test_templates_that_refuse_a_system_role_or_want_alternation():
+    tokenizer, system = small_tokenizer(STRICT), {"role": "system", "content": "Be kind."}
+    text = tokenizer.decode(encode_one(tokenizer, [system, *USER])["prompt_ids"])
+    assert re.fullmatch(r"<\|im_start\|>user\s+Be kind\.\s+Say 7<\|im_end\|>\s+<\|im_start\|>assistant\s+", text), text
+    talk = [*USER, {"role": "assistant", "content": "7"}, {"role": "user", "content": "Say 8"}]
+    for prompt in (talk, [system, *talk], "\n\nHuman: Say 7\n\nAssistant: 7\n\nHuman: Say 8\n\nAssistant:"):
+        assert tokenizer.decode(encode_one(tokenizer, prompt, style="answer")["prompt_ids"]).count("<|im_start|>user") == 2
+    with pytest.raises(treg.UserError, match="x:1.*alternate"):
+        encode_one(tokenizer, USER * 2)
+
+
+def test_prompts_are_a_function_of_the_data_though_the_template_writes_the_date():
+    tokenizer = small_tokenizer("{{ strftime_now('%d %b %Y %H:%M:%S.%f') }}\n" + CHATML)  # Llama 3.2's writes the day
+    one, two = (encode_one(tokenizer)["prompt_ids"].tolist() for _ in range(2))
+    assert one == two, "the prompt holds the time of the run: no run can be resumed on the next day"
+
+
+def test_learning_rate_suits_the_size_and_a_high_one_is_warned_of(monkeypatch, capsys):
+    assert [treg.default_lr(size) for size in (8e9, 8e7, 2e5)] == [5e-7, 5e-6, 1e-4]
+
+    def large(*args):
+        loaded = load(*args)
+        monkeypatch.setattr(torch.nn.Parameter, "numel", lambda parameter: 10**8, raising=False)
+        return loaded
+    load = treg.load_model
+    monkeypatch.setattr(treg, "load_model", large)
+    for rate, warned in (("1e-4", True), ("1e-6", False)):
+        assert go("unused", "--lr", rate, "--check-prompts") == 0
+        assert ("warning: --lr" in capsys.readouterr().out) == warned, f"--lr {rate} for a model of more than 1e8 parameters"
+
+
+@pytest.mark.parametrize("dtype, options", [(torch.bfloat16, []), (torch.float32, ["--dtype", "bf16"])])
+def test_small_updates_are_not_rounded_away(tmp_path, dtype, options):
+    folder = model_folder(dtype=dtype)
+    assert go(tmp_path, "--model", folder, "--lr", "5e-7", "--steps", "1", *options) == 0
+    before, after = weights(folder), weights(tmp_path)
+    assert all(value.dtype == torch.float32 for value in after.values()), "saved in less than the precision of the training"
+    moved = torch.cat([(after[name] - before[name].float()).abs().flatten() for name in before])
+    assert (moved > 0).float().mean() > 0.5 and moved.max() < 1e-6, f"{(moved > 0).float().mean():.1%} of the weights moved"
+    model, _ = treg.load_model(str(tmp_path), "--model", CPU)
+    assert model.dtype == torch.float32
+
+
+def test_bf16_starts_at_the_reference_and_its_log_softmax_is_float32(tmp_path):
+    assert go(tmp_path, "--dtype", "bf16") == 0
+    first = json.loads(lines(tmp_path)[0])
+    assert abs(first["margin"]) < 0.01 and abs(first["loss"] - math.log(2)) < 0.01, f"π is not π_ref at step 1: {first}"
+    model, tokenizer = treg.load_model(model_folder(), "--model", CPU)
+    prompts, responses = [treg.prompt_ids(tokenizer, USER)] * 2, treg.columns([encode_one(tokenizer)], "ids")
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, _ = treg.response_logps(model, prompts, responses)
+    assert logps.dtype == torch.float32 and not torch.equal(logps, logps.bfloat16().float()), "log-softmax rounded to bfloat16"
+
+
+@pytest.mark.parametrize("style, before, after", [("answer", "", "\n\nGive an answer"),
+                                                  ("revise", "Instruction: ", "\n\nResponse: ")])
+def test_shortening_cuts_only_the_left_of_the_users_text(style, before, after):
+    tokenizer, text, kept = small_tokenizer(LLAMA, "<s>", True), " ".join(f"w{i}" for i in range(300)), set()
+    prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": text}]
+    pair = encode_one(tokenizer, prompt, max_length=200, style=style)
+    for key in [key for key in pair if key.endswith("_ids") and key not in ("chosen_ids", "rejected_ids")]:
+        form, plain = tokenizer.decode(pair[key]), key == "prompt_ids"
+        head = "<s><|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n" + before * (not plain)
+        instruction = "" if plain else treg.PROMPTS[style][key.split("_")[1]].rpartition("}")[2]
+        assert form.startswith(head) and form.endswith(instruction + "<|im_end|>\n<|im_start|>assistant\n"), f"{key}: {form}"
+        kept.add(form[len(head):].partition("<|im_end|>" if plain else after)[0])
+        assert len(pair[key]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) <= 200, f"{key} is too long"
+    assert len(kept) == 1 and text.endswith(shortened := kept.pop()) and "w299" in shortened, f"not one cut on the left {kept}"
+
+
+def test_too_long_responses_are_dropped_and_counted():
+    texts = [("It is 7.", "No. " * 300), ("Yes. " * 300, "No."), ("It is 7.", "No.")]
+    pairs = [{"prompt": "Say 7", "chosen": chosen, "rejected": rejected, "where": "x:1"} for chosen, rejected in texts]
+    pairs, report = treg.encode(small_tokenizer(CHATML), pairs, 128)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == texts[2:], "a long response was kept or cut"
+    assert re.search(r"\b2 dropped: longer than 128", report), report
+
+
+def test_saved_model_keeps_its_chat_template_and_odd_generation_settings_do_not_stop_the_save(tmp_path):
+    folder = shutil.copytree(model_folder(template=CHATML), tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "top_p": 0.9}')  # as Llama 2 had
+    assert go(tmp_path / "out", "--model", folder, "--steps", "1") == 0
+    assert treg.load_model(str(tmp_path / "out"), "--model", CPU)[1].chat_template == CHATML
+
+
+def test_model_without_a_position_limit(tmp_path):
+    assert go(tmp_path, "--model", model_folder("bloom"), "--steps", "1") == 0
+
+
+def test_missing_weights_are_refused_not_made_up(tmp_path, capsys):
+    from safetensors.torch import save_file
+    folder = shutil.copytree(model_folder(), tmp_path / "model")
+    lacking = weights(folder)
+    del lacking["transformer.h.0.mlp.c_fc.weight"]
+    save_file(lacking, folder / "model.safetensors", {"format": "pt"})
+    assert "mlp.c_fc.weight" in refusal(capsys, "a model that lacks weights", tmp_path / "out", "--model", folder)

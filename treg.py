@@ -46,7 +46,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from pyarrow.parquet import ParquetFile
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------- 1 prompts
@@ -299,6 +302,9 @@ def as_messages(prompt):
 
 def render(tokenizer, messages, **options):
     """The messages in the model's template, as text; where the template refuses a system role, the user says it."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:  # some templates tell the date: a run must be the same tomorrow
+        options["chat_template"] = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # jinja has many
@@ -599,13 +605,13 @@ def train(model, pairs, s, out=None):
             optimizer.zero_grad()
             steps.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['margin']:.3f}", refresh=False)
             if out:
-                with open(out / "metrics.jsonl", "a") as file:
+                with saving(out / "metrics.jsonl"), open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"step": step + 1, **row}) + "\n")
-                if asked or (step + 1) % s.save_every == 0:
+                if asked or (step + 1) % s.save_every == 0 or step + 1 == total:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                     write(out / "checkpoint.pt", lambda path: torch.save(state, path))
-                if asked:
-                    raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; go on with --resume --out {out}")
+            if asked:
+                raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; go on with --resume --out {s.out}")
     return total
 
 
@@ -621,18 +627,27 @@ def stop_requests():
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def saving(path):
+    """A full disk, as files, torch and safetensors report it, is the user's to mend."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: not saved ({one_line(error)}); what was there before is whole: make room, then "
+                        "--resume --out with its folder") from None
+
+
 def write(path, save):
     """save(temporary path) beside path, then rename: at any instant path is whole, the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        with saving(path):
+            save(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: not saved ({one_line(error)}); what was there before is whole. Make room, and go on "
-                        f"with --resume --out {path.parent}") from None
 
 
 def resume(out, model, optimizer):
@@ -732,11 +747,11 @@ def evaluate(model, tokenizer, pairs, s, errors=None):
 def show(before, after, samples, pair, tokenizer):
     """Print the metrics and sampled responses before and after, and one pair with its tokens marked by reward."""
     def number(value):
-        return "–" if value is None or math.isnan(value) else f"{value:.3f}"
+        return "–" if value is None else f"{value:.3f}"
 
     print(f"\n{'':28s}before   after")
     for name, value in after.items():
-        if not math.isnan(value):
+        if value is not None:
             print(f"{name.replace('_', ' '):26s}{number(before[name]):>8s}{number(value):>8s}")
     for sampled, old, new in samples:
         print(f"\nprompt  {one_line(as_messages(sampled['prompt'])[-1]['content'])}\nbefore  {one_line(old)}\nafter   {one_line(new)}")
@@ -829,44 +844,44 @@ def share_or_count(text):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="treg.py", description="""Preference optimisation with token-level reward
         regularisation (T-REG). Without arguments: make a tiny model, train it on tiny_data.jsonl, show what changed.""")
+    whole, share, data = number(int, 1), number(float, 0), str(Path(__file__).with_name("tiny_data.jsonl"))
     add = parser.add_argument_group("what is trained").add_argument
-    add("--model", help="folder or hub name of a causal language model; without it, the tiny model")
-    add("--data", default=str(Path(__file__).with_name("tiny_data.jsonl")), help="pairs: a .json, .jsonl, .csv or "
-        ".parquet file or a hub data set (default tiny_data.jsonl)")
-    add("--max-pairs", type=number(int, 1), help="train on at most this many pairs")
-    add("--holdout", type=share_or_count, default=0.1, help="number or share of the pairs kept for evaluation, where "
-        "the data has no test split (default %(default)s)")
-    add("--max-length", type=number(int, 8), default=1024, help="tokens of a prompt with a response (default "
-        "%(default)s): a longer prompt loses text on the left, a longer response drops its pair")
+    add("--model", help="folder or hub name of a causal language model (default: the tiny model)")
+    add("--data", default=data, help=".json, .jsonl, .csv or .parquet file or hub data set (default: tiny_data.jsonl)")
+    add("--max-pairs", type=whole, help="train on at most this many pairs")
+    add("--holdout", type=share_or_count, default=0.1, help="number or share of the pairs kept for evaluation, where the "
+        "data has no test split (default: %(default)s)")
+    add("--max-length", type=number(int, 8), default=1024, help="most tokens of a prompt with a response: longer prompts "
+        "lose text on the left, longer responses drop their pair (default: %(default)s)")
     add = parser.add_argument_group("the loss").add_argument
-    add("--algorithm", choices=("dpo", "simpo"), default="dpo", help="implicit token rewards (default %(default)s)")
-    add("--alpha", type=number(float, 0), default=0.25, help="strength of the regulariser (default %(default)s); 0 is "
-        "plain DPO or SimPO; up to 2 every token keeps the sign of its gradient")
-    add("--beta", type=number(float, 0, above=True), help=f"reward scale (default {BETA})")
-    add("--gamma", type=number(float, 0), help=f"target margin (default {GAMMA})")
-    add("--weighting", choices=("sequence", "static"), default="sequence", help="weight of the regulariser: the weight "
-        "in the preference loss's gradient, or the constant 1/2 (default %(default)s)")
+    add("--algorithm", choices=("dpo", "simpo"), default="dpo", help="(default: %(default)s)")
+    add("--alpha", type=share, default=0.25, help="strength of the regulariser: 0 is plain DPO or SimPO, and up to 2 "
+        "every token keeps the sign of its gradient (default: %(default)s)")
+    add("--beta", type=number(float, 0, above=True), help=f"reward scale (default: {BETA})")
+    add("--gamma", type=share, help=f"target margin (default: {GAMMA})")
+    add("--weighting", choices=("sequence", "static"), default="sequence", help="the regulariser's weight: that of the "
+        "preference loss's gradient, or the constant 1/2 (default: %(default)s)")
     add = parser.add_argument_group("the token rewards").add_argument
-    add("--token-rewards", choices=("contrastive", "sft", "dpo"), default="contrastive", help="from contrastive prompts; "
-        "1 on chosen and 0 on rejected tokens; or from a model trained by DPO first (default %(default)s)")
+    add("--token-rewards", choices=("contrastive", "sft", "dpo"), default="contrastive", help="by contrastive prompts; 1 on "
+        "chosen and 0 on rejected tokens; or by a model that is first trained with DPO (default: %(default)s)")
     add("--prompts", default="auto", help="answer, revise, a .json file with your own better and worse, or auto: measure "
         "answer and revise on 200 training pairs and take the better (default)")
     add("--check-prompts", action="store_true", help="only measure how well the prompts tell chosen from rejected")
-    add("--reward-model", help="model that writes the token rewards, if not the untrained one; same tokenizer")
+    add("--reward-model", help="model with the same tokenizer that writes the token rewards (default: --model, untrained)")
     add = parser.add_argument_group("the training").add_argument
-    add("--lr", type=number(float, 0, above=True), help="peak learning rate (default 5e-7 x sqrt(8e9 / parameters))")
-    add("--epochs", type=number(int, 1), help="passes over the pairs (default 1; the tiny model 3)")
-    add("--steps", type=number(int, 1), help="optimiser steps, in place of epochs")
-    add("--batch-size", type=number(int, 1), default=8, help="pairs in a batch (default %(default)s)")
-    add("--accumulate", type=number(int, 1), default=1, help="batches in an optimiser step (default %(default)s)")
+    add("--lr", type=number(float, 0, above=True), help="peak learning rate (default: 5e-7 x sqrt(8e9 / parameters))")
+    add("--epochs", type=whole, help="passes over the pairs (default: 1; the tiny model 3)")
+    add("--steps", type=whole, help="optimiser steps, in place of epochs")
+    add("--batch-size", type=whole, default=8, help="pairs in a batch (default: %(default)s)")
+    add("--accumulate", type=whole, default=1, help="batches in an optimiser step (default: %(default)s)")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="order of pairs, samples, tiny model (default %(default)s)")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="(default: %(default)s)")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of matrix products; weights, log-softmax and token "
-        "rewards are float32 (default %(default)s)")
-    add("--out", help="new folder for the model, metrics.jsonl and summary.json (default runs/<time>)")
-    add("--save-every", type=number(int, 1), default=200, help="steps between checkpoints (default %(default)s)")
+        "rewards are float32 (default: %(default)s)")
+    add("--out", help="new folder for the model, metrics.jsonl and summary.json (default: runs/<time>)")
+    add("--save-every", type=whole, default=200, help="steps between checkpoints (default: %(default)s)")
     add("--resume", action="store_true", help="go on with the run in --out where it was stopped")
     s = parser.parse_args(argv)
     if s.resume and not s.out:
@@ -910,9 +925,11 @@ def read_prompts(name):
 def load_model(name, flag, device, checkpointing=False):
     """-> (model with float32 weights and no dropout, tokenizer with a chat template), from a folder or the hub."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        safe = {"trust_remote_code": False}  # unset, transformers would ask
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
         # asked for, as 16-bit weights would otherwise stay so, and round small updates away
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **safe)
         if report["missing_keys"]:  # transformers would fill them with random numbers
             raise ValueError(f"weights missing: {', '.join(sorted(report['missing_keys']))}")
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
@@ -932,10 +949,10 @@ def load_model(name, flag, device, checkpointing=False):
     if len(tokenizer) > embeddings:
         raise UserError(f"{flag} {name}: the tokenizer has {len(tokenizer)} tokens, the model {embeddings}; they do not "
                         "belong together")
-    if checkpointing:  # it asks for training mode, which dropout must not get: else π is not π_ref at step 0
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if checkpointing:  # not by transformers' switch, which wants training mode: dropout, and samples without a cache
         for module in model.modules():
-            module.training = hasattr(module, "gradient_checkpointing")
+            if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
+                module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
     return model, tokenizer
 
 
@@ -972,7 +989,7 @@ def digest(named):
     """sha256 of (name, array) pairs: the same for the same data, weights or annotation."""
     total = hashlib.sha256()
     for name, value in named:
-        total.update(name.encode())
+        total.update(f"{name} {value.dtype} {value.shape}".encode())
         total.update(np.ascontiguousarray(value))
     return total.hexdigest()
 
@@ -987,8 +1004,6 @@ ANNOTATION = [f"{side}_{name}" for side in SIDES for name in ("ref_logps", "toke
 def kept_annotation(path, key, pairs, make):
     """The pairs annotated by make(), which takes long: kept in path, and read from there only if it is whole and its
     key the same. A file that is stale or damaged is made again."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.numpy import save_file
     ends = [np.cumsum([len(pair[f"{side}_ids"]) for pair in pairs])[:-1] for side in SIDES for _ in range(2)]
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
         flat = {name: file.get_tensor(name) for name in file.keys()}
@@ -1126,7 +1141,8 @@ def run(s):
     """One command line, from the files to the trained model."""
     transformers.logging.set_verbosity_error()
     device, style = choose_device(s.device), read_prompts(s.prompts)
-    out, summary = Path(s.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S")), {}
+    s.out = s.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S")
+    out, summary = Path(s.out), {}
     if not next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir():
         raise UserError(f"--out {out}: is a file, or in one; name a new folder")
     if s.resume and (out / "summary.json").exists():
@@ -1142,10 +1158,13 @@ def run(s):
     with measure("train", device, summary):
         steps = train(model, pairs, s, out)
     after, new = evaluate(model, tokenizer, test, s, errors)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with saving(out):
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     for name in ("credit_auroc", "credit_auroc_pooled") + ("accuracy", "margin") * (s.algorithm == "dpo"):
         before[name] = None  # a constant by construction: the model is its own reference
+    before, after = ({name: None if value is None or math.isnan(value) else value for name, value in values.items()}
+                     for values in (before, after))  # JSON has no NaN
     summary |= {"before": before, "after": after, "pairs": len(pairs), "steps": steps, "settings": vars(s)}
     write(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     (out / "checkpoint.pt").unlink(missing_ok=True)
@@ -1165,7 +1184,7 @@ def main(argv=None):
     except OSError as problem:
         error = f"{problem.filename or 'standard output'}: {problem.strerror or problem}"
     except KeyboardInterrupt as stop:
-        print(f"treg.py: {stop if stop.args else 'stopped; training had not begun'}", file=sys.stderr)
+        print(f"treg.py: {stop if stop.args else 'stopped; what was saved is whole, and --resume goes on from there'}", file=sys.stderr)
         return 130
     else:
         return 0
