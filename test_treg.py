@@ -7,8 +7,6 @@ import argparse
 import copy
 import functools
 import gzip
-import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -32,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import treg  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # threads that wait for each other on a busy machine make small tensors very slow
 DOUBLE = dict(dtype=torch.float64)
 
 

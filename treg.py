@@ -605,9 +605,13 @@ def train(model, pairs, s, out=None):
             optimizer.zero_grad()
             steps.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['margin']:.3f}", refresh=False)
             if out:
+                save = asked or (step + 1) % s.save_every == 0 or step + 1 == total
                 with saving(out / "metrics.jsonl"), open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"step": step + 1, **row}) + "\n")
-                if asked or (step + 1) % s.save_every == 0 or step + 1 == total:
+                    if save:  # on the disk before the checkpoint is, lest a power cut leave a gap
+                        file.flush()
+                        os.fsync(file.fileno())
+                if save:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                     write(out / "checkpoint.pt", lambda path: torch.save(state, path))
             if asked:
@@ -659,6 +663,8 @@ def resume(out, model, optimizer):
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             step = state["step"]
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise UserError(f"{out}/checkpoint.pt: is damaged ({one_line(error)}); without it --resume starts anew") from None
     log = out / "metrics.jsonl"
@@ -1158,6 +1164,8 @@ def run(s):
     with measure("train", device, summary):
         steps = train(model, pairs, s, out)
     after, new = evaluate(model, tokenizer, test, s, errors)
+    if model.generation_config.temperature not in (None, 1.0) or model.generation_config.top_p not in (None, 1.0):
+        model.generation_config.do_sample = True  # transformers 4 would not save the contradiction
     with saving(out):
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
