@@ -470,6 +470,26 @@ def test_annotate_gives_columns_that_other_trainers_can_use():
             assert np.abs(pair[f"{side}_token_rewards"]).max() > 1e-3
 
 
+def test_annotate_gives_a_tokenizer_without_a_template_the_plain_layout():
+    model, tokenizer = small_model()
+    tokenizer.chat_template = None
+    pair = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No.", "where": "here:1"}
+    pair = treg.annotate(model, tokenizer, [pair])[0]
+    assert tokenizer.decode(pair["prompt_ids"]) == "User:\nIs it?\n\nAssistant:\n"
+
+
+def test_hub_data_sets_keep_their_splits(monkeypatch):
+    import datasets
+    rows = {split: [{"prompt": "p", "chosen": f"{split} {i}", "rejected": "r"} for i in range(3)] for split in ("train", "test")}
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows[split])
+    for split in rows:
+        pairs = treg.load_pairs("someone/pairs", split)
+        assert [pair["chosen"] for pair in pairs] == [f"{split} {i}" for i in range(3)]
+        assert pairs[2]["where"] == f"someone/pairs:{split} row 3"
+    assert treg.load_pairs("someone/pairs", "validation") == []
+
+
 def test_revision_prompts_show_each_response_its_own_text():
     model, tokenizer, pairs = annotated(style="revise", count=2)
     for pair in pairs:

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: MIT
 """T-REG: preference optimisation with token-level reward regularisation, in one readable file.
 
-    python treg.py                                        a tiny model, made and trained on this machine in about a minute
-    python treg.py --model gpt2                           a Hugging Face model on the same data
-    python treg.py --model DIR --data pairs.jsonl         your model, your preference pairs
-    python treg.py --model DIR --data pairs.jsonl --check-prompts      which contrastive prompts suit this model?
+    python treg.py                                       a tiny model, made and trained here in half a minute
+    python treg.py --model gpt2                          a Hugging Face model on the same data
+    python treg.py --model DIR --data pairs.jsonl        your model, your preference pairs
+    python treg.py --model DIR --data pairs.jsonl --check-prompts     which contrastive prompts suit this model?
 
-The method (Zhou, Zhang, Zhao and Meng, ACL 2025, arXiv 2412.02685). A frozen model scores every token of both responses
-twice, after a prompt that asks for a better answer and after one that asks for a worse one:
+The method (Zhou, Zhang, Zhao and Meng, ACL 2025, arXiv 2412.02685). A frozen model scores every token of both
+responses twice, after a prompt that asks for a better answer and after one that asks for a worse one:
 
-    r̂_t = σ( log π_eval(y_t | x_better, y_<t) − log π_eval(y_t | x_worse, y_<t) ) − 1/2       token reward, in [−½, ½]
-    r_t = β ( log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) )                               what the policy has learned
-    z   = Σ_t r_t(chosen) − Σ_t r_t(rejected) − γ                                             margin
-    L   = −log σ(z) + α · w · ( − Σ_t r̂_t r_t, over both responses ),    w = σ(−z), detached  loss of one pair
+    r̂_t = σ( log π_eval(y_t | x_better, y_<t) − log π_eval(y_t | x_worse, y_<t) ) − ½        token reward, in [−½, ½]
+    r_t = β ( log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) )                              what the policy learned
+    z   = Σ_t r_t(chosen) − Σ_t r_t(rejected) − γ                                            margin
+    L   = −log σ(z) + α · w · ( − Σ_t r̂_t r_t, over both responses ),    w = σ(−z), detached loss of one pair
 
-Hence each token's gradient is the plain one times (1 + α r̂_t) on the chosen side and (1 − α r̂_t) on the rejected one.
+Each token's gradient is then the plain one times (1 + α r̂_t) on the chosen side and (1 − α r̂_t) on the rejected.
 
 Sections: 1 prompts, 2 token rewards, 3 implicit rewards and the loss (the paper; torch only, made to be copied),
 4 data, 5 log-probs, 6 annotate, 7 train, 8 evaluate and show, 9 the tiny model, 10 command line.
 
-Shapes: B pairs (or rows), T response tokens including the end token. Everything per token is (B, T), column t is response
-token t, and a mask says where a response has a token. All logs are natural; a reward has the unit of β · nats.
+Shapes: B pairs (or rows), T response tokens including the end token. Everything per token is (B, T), column t is
+response token t, and a mask says where a response has a token. Logs are natural; a reward has the unit of β · nats.
 """
 import argparse
 import contextlib
@@ -72,14 +72,14 @@ PROMPTS = {
 def contrastive_prompts(prompt, response, style):
     """-> (better, worse), of prompt's own kind: a text, or a list of messages whose last user message is rewritten.
 
-    style names a pair in PROMPTS or is a {"better": …, "worse": …} of templates with {prompt} and optionally {response}.
+    style names a pair in PROMPTS or is a {"better": …, "worse": …} of templates with {prompt} and maybe {response}.
     """
     templates = PROMPTS[style] if isinstance(style, str) else style
     if not isinstance(prompt, str):
         last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
         return tuple([*prompt[:last], {**prompt[last], "content": text}, *prompt[last + 1:]]
                      for text in contrastive_prompts(prompt[last]["content"], response, style))
-    fields = {"prompt": prompt, "response": response}  # filled in one pass: a {response} inside the prompt is just text
+    fields = {"prompt": prompt, "response": response}  # filled in one pass: a {response} in the prompt is just text
     return tuple(re.sub(r"\{(prompt|response)\}", lambda field: fields[field[1]], templates[side])
                  for side in ("better", "worse"))
 
@@ -112,8 +112,8 @@ def simpo_rewards(logps, mask, beta):
 def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weighting="sequence"):
     """The T-REG loss and the preference margin z of each pair. (B, T) × 4 -> (loss, margin), each (B,).
 
-    chosen, rejected: implicit token rewards r_t; chosen_hat, rejected_hat: token rewards r̂_t; zeros in the padding of
-    all four (the two sides' T may differ). alpha = 0 is DPO, or with SimPO's rewards and gamma SimPO, exactly.
+    chosen, rejected: implicit token rewards r_t; chosen_hat, rejected_hat: token rewards r̂_t; zeros in the padding
+    of all four (the two sides' T may differ). alpha = 0 is DPO, or with SimPO's rewards and gamma SimPO, exactly.
     weighting "sequence" is w = σ(−z), the factor in the preference loss's own gradient; "static" is the constant ½.
     """
     if weighting not in ("sequence", "static"):
@@ -138,8 +138,8 @@ def load_pairs(source, split="train"):
     """-> list of pairs from a .json, .jsonl, .csv or .parquet file (.gz too), else from a hub data set.
 
     Rows that name another split are left out; rows that name none are "train". A pair is a dict: prompt, a text or a
-    list of {role, content}; chosen and rejected, texts; where, "file:line"; chosen_errors, rejected_errors (character
-    spans of bad text) and keywords where the row has them. UserError names the line of a bad row.
+    list of {role, content}; chosen and rejected, texts; where, "file:line"; and if the row has them keywords and
+    chosen_errors, rejected_errors, character spans of bad text. UserError names the line of a bad row.
     """
     rows = bar(read_rows(str(source), split), desc="read", unit=" rows")
     return [read_pair(row, where) for where, row in rows
@@ -179,10 +179,10 @@ def read_rows(source, split):
             if kind == "csv" and None in row:
                 raise UserError(f"{path}:{line}: more cells than columns; quote the cells that hold commas")
             yield f"{path}:{line}", row
-    except (UserError, GeneratorExit):
+    except UserError:
         raise
     except Exception as error:  # gzip, csv and Arrow each have their own
-        raise UserError(f"{path}: damaged after row {count} ({one_line(error)}); write the .{kind} file again") from None
+        raise UserError(f"{path}: damaged after row {count} ({one_line(error)}); write the file again") from None
     if not count:
         raise UserError(f"{path}: holds no rows; a row has prompt, chosen and rejected")
 
@@ -195,8 +195,8 @@ def read_hub(name, split):
     except Exception as error:
         raise UserError(f"--data {name}: no such file, and the hub does not give it ({one_line(error)})") from None
     if split == "train" and split not in splits:
-        raise UserError(f"--data {name}: has no split train, only {', '.join(splits)}; save the one to use as .parquet")
-    yield from ((f"{name}:{split} row {n}", row) for n, row in enumerate(rows, 1))
+        raise UserError(f"--data {name}: has no split train, only {', '.join(splits)}; save one of them as .parquet")
+    yield from ((f"{name}:{split} row {n}", {**row, "split": split}) for n, row in enumerate(rows, 1))
 
 
 def parse_json(raw, where):
@@ -214,7 +214,7 @@ def one_line(error):
 
 def read_text(value, name, where, blank=False):
     if not isinstance(value, str):
-        raise UserError(f"{where}: {name} must be text, but is {'missing' if value is None else type(value).__name__}")
+        raise UserError(f"{where}: {name} must be text, is {'missing' if value is None else type(value).__name__}")
     if not blank and not value.strip():
         raise UserError(f"{where}: {name} is blank; give it text or take the row out")
     if re.search("[\ud800-\udfff]", value):
@@ -248,33 +248,34 @@ def read_pair(row, where):
             raise UserError(f"{where}: chosen and rejected must be the same up to their last message")
         shared, chosen, rejected = chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
     if prompt is None and "instruction" in row:
-        extra = read_text(row["input"], "input", where, blank=True) if row.get("input") is not None else ""
+        extra = read_text(row.get("input") or "", "input", where, blank=True)
         prompt = read_text(row["instruction"], "instruction", where) + f"\n\n{extra}" * bool(extra.strip())
     elif prompt is None and "question" in row:
-        prompt = [{"role": role, "content": row[name]} for role, name in (("system", "system"), ("user", "question"))
-                  if name == "question" or row.get(name) not in (None, "")]
-    elif prompt is None and isinstance(row["chosen"], str):  # the prompt is what both begin with; Anthropic HH marks its end
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        prompt = [*system, {"role": "user", "content": row["question"]}]
+    elif prompt is None and isinstance(row["chosen"], str):  # it is what both begin with; Anthropic HH marks its end
         prompt = os.path.commonprefix([chosen, rejected])
-        if "\n\nAssistant:" in prompt:
-            prompt = prompt[:prompt.rindex("\n\nAssistant:") + len("\n\nAssistant:")]
+        turns, mark, _ = prompt.rpartition("\n\nAssistant:")
+        prompt = turns + mark or prompt
         chosen, rejected = (read_text(text[len(prompt):], "what follows the shared beginning", where)
                             for text in (chosen, rejected))
     if isinstance(prompt, list):
         prompt = read_messages(prompt, "prompt", where, None)
-        # one may repeat the other, without its system message
-        shared = max(prompt, shared, key=len) if shared[-1:] == prompt[-1:] else shared if shared[:len(prompt)] == prompt else prompt + shared
+        if shared[-1:] == prompt[-1:]:  # one repeats the other, perhaps without its system message
+            shared = max(prompt, shared, key=len)
+        elif shared[:len(prompt)] != prompt:
+            shared = prompt + shared
     elif prompt is not None:  # a text beside message lists is repeated in them (UltraFeedback)
         read_text(prompt, "prompt", where)
     prompt = read_messages(shared or prompt, "prompt", where, "user")
     pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "where": where}
     for side in SIDES:
-        spans = row.get(f"{side}_errors")
+        spans, size = row.get(f"{side}_errors"), len(pair[side])
         if spans is not None:
             if not isinstance(spans, list) or not all(
-                    isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)
-                    and 0 <= span[0] < span[1] <= len(pair[side]) for span in spans):
-                raise UserError(f"{where}: {side}_errors must be a list of [start, end) within {side}'s "
-                                f"{len(pair[side])} characters")
+                    isinstance(span, list) and [type(end) for end in span] == [int, int]
+                    and 0 <= span[0] < span[1] <= size for span in spans):
+                raise UserError(f"{where}: {side}_errors must be a list of [start, end), from 0 to {size}")
             pair[f"{side}_errors"] = spans
     if row.get("keywords") is not None:
         if not isinstance(row["keywords"], list):
@@ -302,6 +303,9 @@ def as_messages(prompt):
 
 def render(tokenizer, messages, **options):
     """The messages in the model's template, as text; where the template refuses a system role, the user says it."""
+    if not tokenizer.chat_template:  # a base model; its BOS, if its tokenizer would write one, the layout writes
+        begins = tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        tokenizer.chat_template = "{{ bos_token }}" * bool(begins) + PLAIN_TEMPLATE
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:  # some templates tell the date: a run must be the same tomorrow
         options["chat_template"] = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
@@ -351,9 +355,9 @@ def fit(tokenizer, pair, room, style):
     messages, cut = as_messages(pair["prompt"]), False
     while room > 0:
         forms = {"prompt_ids": messages}
-        if style:
-            for side in SIDES:
-                forms[f"{side}_better_ids"], forms[f"{side}_worse_ids"] = contrastive_prompts(messages, pair[side], style)
+        for side in SIDES if style else ():
+            better, worse = contrastive_prompts(messages, pair[side], style)
+            forms |= {f"{side}_better_ids": better, f"{side}_worse_ids": worse}
         try:
             ids = {name: np.array(prompt_ids(tokenizer, form), np.int32) for name, form in forms.items()}
         except ValueError as error:  # such as roles that do not alternate
@@ -365,8 +369,8 @@ def fit(tokenizer, pair, room, style):
         if len(said) < 2:
             return None
         tokens = len(tokenizer(said, add_special_tokens=False)["input_ids"])
-        said, cut = said[max(1, len(said) * excess // max(tokens, excess + 1)):], True
-        messages = [*messages[:-1], {**messages[-1], "content": said}]
+        drop = max(1, len(said) * excess // max(tokens, excess + 1))  # characters, an estimate that leaves some
+        messages, cut = [*messages[:-1], {**messages[-1], "content": said[drop:]}], True
 
 
 def encode(tokenizer, pairs, max_length, style=None):
@@ -386,23 +390,23 @@ def encode(tokenizer, pairs, max_length, style=None):
             long += 1
             continue
         cut += fitted[1]
-        good = {f"{side}_good": good_tokens(tokenizer, pair[side], pair[f"{side}_errors"])[:len(ids[f"{side}_ids"]) - 1]
+        good = {f"{side}_good":  # cut where response_ids took end tokens off the text
+                good_tokens(tokenizer, pair[side], pair[f"{side}_errors"])[:len(ids[f"{side}_ids"]) - 1]
                 for side in SIDES if f"{side}_errors" in pair}
         encoded.append({**pair, **ids, **fitted[0], **good})
-    return encoded, "; ".join(
-        [f"{same} dropped: chosen and rejected are the same"] * bool(same)
-        + [f"{long} dropped: longer than {max_length} tokens"] * bool(long)
-        + [f"{cut} prompts shortened on the left to fit {max_length} tokens"] * bool(cut))
+    report = {"dropped: chosen and rejected are the same": same, f"dropped: longer than {max_length} tokens": long,
+              f"prompts shortened on the left to fit {max_length} tokens": cut}
+    return encoded, "; ".join(f"{count} {what}" for what, count in report.items() if count)
 
 
 # -------------------------------------------------------------------------------------------------- 5 log-probs
 def response_logps(model, prompts, responses):
     """log π(y_t | prompt, y_<t) of each response. Two lists of B lists of ids -> (logps, mask), each (B, T), float32.
 
-    With model.shares_prompts (see share_prompts) all rows lie in one row without padding, sorted, and what a row has in
-    common with the row before it is computed once: a prompt for both of its responses, an instruction for all. The
+    With model.shares_prompts (see share_prompts) all rows lie in one row without padding, sorted, and what a row has
+    in common with the row before it is computed once: a prompt for both of its responses, an instruction for all. The
     tokens then form a tree written in depth-first order, so "j is an ancestor of i" is: j ≤ i < end of j's subtree.
-    Otherwise, and for models that this does not suit, every row is computed by itself.
+    Without it every row is computed by itself.
     """
     device = next(model.parameters()).device
     rows = [prompt + response for prompt, response in zip(prompts, responses)]
@@ -412,7 +416,7 @@ def response_logps(model, prompts, responses):
         ids, positions, ends, sources, targets, path, before = [], [], [], [], [], [], []
         for i in group:
             shared = len(os.path.commonprefix([rows[i], before]))
-            path = path[:shared] + list(range(len(ids), len(ids) + len(rows[i]) - shared))  # the row's nodes, root first
+            path = path[:shared] + list(range(len(ids), len(ids) + len(rows[i]) - shared))  # the row's nodes
             positions += range(shared, len(rows[i]))
             ids += rows[i][shared:]
             ends += [0] * (len(rows[i]) - shared)
@@ -444,10 +448,8 @@ response_logps.positions = 0  # computed so far, for the token counts in summary
 
 
 def share_prompts(model, prompts, responses):
-    """Turn prompt sharing on if the model gives the same log-probs with it on these rows. -> largest difference, nats.
-
-    It does not where attention is more than a mask can say (sliding windows, recurrent layers).
-    """
+    """Turn prompt sharing on unless it changes these rows' log-probs, as it does where attention is more than a mask
+    can say (sliding windows, recurrent layers). -> largest difference in nats."""
     with torch.no_grad():
         model.shares_prompts = False
         separate, _ = response_logps(model, prompts, responses)
@@ -519,8 +521,8 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
     """-> the pairs, encoded, with chosen_ and rejected_ ref_logps and token_rewards: float32 arrays of (T,).
 
     model: the untrained policy. style: a contrastive pair (see contrastive_prompts), or None for token rewards of 0.
-    reward_model: π_eval, if it is not the reference itself. Reference log-probs are computed in dtype as training does,
-    so that π = π_ref at its start; token rewards in float32, because σ of a bfloat16 error is an error.
+    reward_model: π_eval, if it is not the reference itself. Reference log-probs are computed in dtype as training
+    does, so that π = π_ref at its start; token rewards in float32, because σ of a bfloat16 error is an error.
     """
     if pairs and "prompt_ids" not in pairs[0]:
         pairs, _ = encode(tokenizer, pairs, max_length, style)
@@ -543,9 +545,9 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
 
 
 def pair_accuracy(pairs):
-    """-> (share of pairs whose chosen response has the higher mean r̂, ties ½; low and high end of its 95 % Wilson interval)."""
+    """-> (share of pairs whose chosen response has the higher mean r̂, ties ½; low and high of its 95 % interval)."""
     gaps = np.array([pair["chosen_token_rewards"].mean() - pair["rejected_token_rewards"].mean() for pair in pairs])
-    p, n, z = np.mean((gaps > 0) + 0.5 * (gaps == 0)), len(gaps), 1.96
+    p, n, z = np.mean((gaps > 0) + 0.5 * (gaps == 0)), len(gaps), 1.96  # the interval is Wilson's
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
     return p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
@@ -559,18 +561,21 @@ def losses(model, pairs, s):
     logps, mask = plain_logps(model, pairs, s.dtype)
     ref_logps, hats = (padded(pairs, name, logps.device) for name in ("ref_logps", "token_rewards"))
     # an algorithm is its implicit rewards: all that follows is the same
-    rewards = dpo_rewards(logps, ref_logps, mask, s.beta) if s.algorithm == "dpo" else simpo_rewards(logps, mask, s.beta)
+    rewards = (dpo_rewards(logps, ref_logps, mask, s.beta) if s.algorithm == "dpo"
+               else simpo_rewards(logps, mask, s.beta))
     loss, margin = treg_loss(*rewards.chunk(2), *hats.chunk(2), s.alpha, s.gamma, s.weighting)
     accuracy = 0.5 + 0.5 * torch.sign(margin + s.gamma)  # is the chosen response's reward the higher? a tie counts ½
     agreement = sum((rewards * hats).sum(-1).chunk(2))
-    columns = loss, margin, accuracy, torch.sigmoid(-margin), agreement, *logps.sum(-1).chunk(2)
-    return loss, torch.stack(columns, 1).detach(), logps
+    metrics = loss, margin, accuracy, torch.sigmoid(-margin), agreement, *logps.sum(-1).chunk(2)  # as in METRICS
+    return loss, torch.stack(metrics, 1).detach(), logps
 
 
 def schedule(step, total):
     """Share of the learning rate: 10 % linear warm-up, then half a cosine down to 0, as the paper has it."""
     warmup = max(1, round(0.1 * total))
-    return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
 
 
 def train(model, pairs, s, out=None):
@@ -582,19 +587,19 @@ def train(model, pairs, s, out=None):
     per_epoch = math.ceil(len(pairs) / per_step)
     total = s.steps or s.epochs * per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0, fused=True)
-    first, order = resume(out, model, optimizer) if out else 0, None
-    with stop_requests() as asked, bar(range(first, total), desc="train", unit=" steps", initial=first, total=total) as steps:
+    first = resume(out, model, optimizer) if out else 0
+    steps = bar(range(first, total), desc="train", unit=" steps", initial=first, total=total)
+    with stop_requests() as asked, steps:
         for step in steps:
             epoch, place = divmod(step, per_epoch)
-            if order is None or place == 0:  # a function of seed and epoch alone: a resumed run needs no random state
+            if step == first or place == 0:  # a function of seed and epoch: a resumed run needs no random state
                 order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed + epoch)).tolist()
             batch = [pairs[i] for i in order[place * per_step:(place + 1) * per_step]]
             sums = 0
-            for start in range(0, len(batch), s.batch_size):
-                for pack in packs(batch[start:start + s.batch_size], s.batch_size):
-                    loss, metrics, _ = losses(model, pack, s)
-                    (loss.sum() / len(batch)).backward()
-                    sums = sums + metrics.sum(0)
+            for pack in packs(batch, s.batch_size):
+                loss, metrics, _ = losses(model, pack, s)
+                (loss.sum() / len(batch)).backward()
+                sums += metrics.sum(0)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
             row = dict(zip(METRICS, (sums / len(batch)).tolist()), grad_norm=norm, lr=s.lr * schedule(step, total))
             if not math.isfinite(row["loss"] + norm):
@@ -615,7 +620,7 @@ def train(model, pairs, s, out=None):
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                     write(out / "checkpoint.pt", lambda path: torch.save(state, path))
             if asked:
-                raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; go on with --resume --out {s.out}")
+                raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; go on by --resume --out {s.out}")
     return total
 
 
@@ -637,8 +642,7 @@ def saving(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: not saved ({one_line(error)}); what was there before is whole: make room, then "
-                        "--resume --out with its folder") from None
+        raise UserError(f"{path}: not saved ({one_line(error)}); make room, then --resume: nothing is lost") from None
 
 
 def write(path, save):
@@ -655,19 +659,18 @@ def write(path, save):
 
 
 def resume(out, model, optimizer):
-    """Load the checkpoint of out, if it has one, and cut later lines from metrics.jsonl. -> the number of steps done."""
-    step = 0
-    if (out / "checkpoint.pt").exists():
+    """Load out's checkpoint, if it has one, and cut later lines from metrics.jsonl. -> the number of steps done."""
+    path, log, step = out / "checkpoint.pt", out / "metrics.jsonl", 0
+    if path.exists():
         try:
-            state = torch.load(out / "checkpoint.pt", map_location=model.device, weights_only=True, mmap=True)
+            state = torch.load(path, map_location=model.device, weights_only=True, mmap=True)
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             step = state["step"]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise UserError(f"{out}/checkpoint.pt: is damaged ({one_line(error)}); without it --resume starts anew") from None
-    log = out / "metrics.jsonl"
+            raise UserError(f"{path}: damaged ({one_line(error)}); without it --resume starts anew") from None
     lines = log.read_text().splitlines(keepends=True)[:step] if log.exists() else []
     write(log, lambda path: path.write_text("".join(lines)))
     return step
@@ -675,7 +678,7 @@ def resume(out, model, optimizer):
 
 # ------------------------------------------------------------------------------------------- 8 evaluate and show
 def credit_auroc(scores, is_good):
-    """Probability that a good token outscores a bad one, ties ½; nan with one class only. Two plain arrays -> float."""
+    """Probability that a good token outscores a bad one, ties ½; nan with one class only. Two arrays -> float."""
     scores, is_good = np.asarray(scores, dtype=float), np.asarray(is_good, dtype=bool)
     good, bad = scores[is_good], np.sort(scores[~is_good])
     if not len(good) or not len(bad):
@@ -684,8 +687,8 @@ def credit_auroc(scores, is_good):
 
 
 def auroc(pairs, name):
-    """Credit AUROC of the *_name columns: (mean within a response, pooled over all tokens); the end token is not scored."""
-    rows = [(pair[f"{side}_{name}"][:-1], pair[f"{side}_good"])
+    """Credit AUROC of the *_name columns, end token left out: (mean within a response, pooled over all tokens)."""
+    rows = [(pair[f"{side}_{name}"][:-1], pair[f"{side}_good"])  # [:-1]: the end token is in no error span
             for pair in pairs for side in SIDES if f"{side}_good" in pair]
     within = [value for value in (credit_auroc(*row) for row in rows) if not math.isnan(value)]
     if not within:
@@ -711,16 +714,18 @@ def judge(pairs):
 
 @torch.no_grad()
 def sample(model, tokenizer, pairs, seed, most=128):
-    """-> one response a pair, drawn from the model as it is (temperature 1, nothing cut off), at most `most` tokens."""
+    """-> one response a pair, of at most `most` tokens, drawn from the model as it is (temperature 1, no top-k)."""
     end, texts = end_token(tokenizer), []
     torch.manual_seed(seed)
     for start in bar(range(0, len(pairs), 128), desc="sample", unit=" batches"):
         prompts = [torch.tensor(pair["prompt_ids"].tolist()) for pair in pairs[start:start + 128]]
-        ids = pad_sequence(prompts, batch_first=True, padding_value=end, padding_side="left").to(model.device)
-        real = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left").to(model.device)
-        room = min(most, getattr(model.config, "max_position_embeddings", most + ids.shape[1]) - ids.shape[1])
-        new = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=max(1, room), do_sample=True, top_k=0, top_p=1.0,
-                             temperature=1.0, eos_token_id=end, pad_token_id=end)[:, ids.shape[1]:].tolist()
+        pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        ids, real = pad(prompts, padding_value=end), pad([torch.ones_like(prompt) for prompt in prompts])
+        length = ids.shape[1]
+        room = min(most, getattr(model.config, "max_position_embeddings", most + length) - length)
+        new = model.generate(input_ids=ids.to(model.device), attention_mask=real.to(model.device), do_sample=True,
+                             max_new_tokens=max(1, room), top_k=0, top_p=1.0, temperature=1.0,
+                             eos_token_id=end, pad_token_id=end)[:, length:].tolist()
         texts += [tokenizer.decode(row[:row.index(end)] if end in row else row) for row in new]
     return texts
 
@@ -728,16 +733,16 @@ def sample(model, tokenizer, pairs, seed, most=128):
 SAMPLES = 4  # responses drawn for each prompt that has a judge
 
 
+@torch.no_grad()
 def evaluate(model, tokenizer, pairs, s, errors=None):
-    """-> (metrics of model on annotated pairs, samples). Writes the learned credit log π − log π_ref into the pairs."""
+    """-> (metrics of model on annotated pairs, samples). Writes the learned credit log π − log π_ref to the pairs."""
     if not pairs:
         return {}, []
     rows = []
-    with torch.no_grad():
-        for pack in packs(pairs, s.batch_size):
-            _, metrics, logps = losses(model, pack, s)
-            rows.append(metrics.cpu())
-            set_columns(pack, "credit", logps - padded(pack, "ref_logps", logps.device))
+    for pack in packs(pairs, s.batch_size):
+        _, metrics, logps = losses(model, pack, s)
+        rows.append(metrics.cpu())
+        set_columns(pack, "credit", logps - padded(pack, "ref_logps", logps.device))
     means = dict(zip(METRICS, torch.cat(rows).mean(0).tolist()))
     result = {"accuracy": means["accuracy"], "margin": means["margin"]}
     result["credit_auroc"], result["credit_auroc_pooled"] = auroc(pairs, "credit")
@@ -747,30 +752,33 @@ def evaluate(model, tokenizer, pairs, s, errors=None):
     if errors:
         counts = np.array([errors(text, pair["keywords"]) for text, pair in zip(texts, shown)])
         result["errors_per_response"], result["perfect_responses"] = float(counts.mean()), float((counts == 0).mean())
+    result = {name: None if math.isnan(value) else value for name, value in result.items()}  # JSON has no NaN
     return result, texts[:: SAMPLES if errors else 1][:3]
 
 
 def show(before, after, samples, pair, tokenizer):
     """Print the metrics and sampled responses before and after, and one pair with its tokens marked by reward."""
-    def number(value):
-        return "–" if value is None else f"{value:.3f}"
-
     print(f"\n{'':28s}before   after")
     for name, value in after.items():
         if value is not None:
-            print(f"{name.replace('_', ' '):26s}{number(before[name]):>8s}{number(value):>8s}")
+            old = "–" if before[name] is None else f"{before[name]:.3f}"
+            print(f"{name.replace('_', ' '):26s}{old:>8s}{value:8.3f}")
     for sampled, old, new in samples:
-        print(f"\nprompt  {one_line(as_messages(sampled['prompt'])[-1]['content'])}\nbefore  {one_line(old)}\nafter   {one_line(new)}")
+        print("\nprompt ", one_line(as_messages(sampled["prompt"])[-1]["content"]))
+        print(f"before  {one_line(old)}\nafter   {one_line(new)}")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print("\ntoken rewards " + ("(green good, red bad)" if colour else "([+good], [-bad]: more than 0.1 from 0)"))
     for side in SIDES:
         marked = ""
         for token, reward in zip(pair[f"{side}_ids"].tolist(), pair[f"{side}_token_rewards"].tolist()):
-            token, pale = tokenizer.decode([token]).replace("\n", "⏎"), 235 - int(min(abs(reward) / 0.4, 1) * 150)
+            token = tokenizer.decode([token]).replace("\n", "⏎")
             if colour:
-                marked += f"\033[30;48;2;{pale if reward > 0 else 235};{pale if reward < 0 else 235};{pale}m{token}\033[0m"
-            else:
-                marked += f"[{'+' if reward > 0 else '-'}{token}]" if abs(reward) > 0.1 else token
+                pale = 235 - int(min(abs(reward) / 0.4, 1) * 150)
+                red, green = (pale, 235) if reward > 0 else (235, pale)
+                token = f"\033[30;48;2;{red};{green};{pale}m{token}\033[0m"
+            elif abs(reward) > 0.1:
+                token = f"[{'+' if reward > 0 else '-'}{token}]"
+            marked += token
         print(f"{side:10s}{marked}")
 
 
@@ -782,17 +790,17 @@ def make_tiny(pairs, seed):
     """-> (model, tokenizer): a small GPT-2 with random weights, warmed up on these pairs alone.
 
     A stand-in for a pre-trained model that follows instructions: it learns to answer a prompt with something like
-    either response, a better prompt with something like the chosen, a worse prompt with something like the rejected one.
+    either response, a better prompt with something like the chosen, a worse one with something like the rejected.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(
-        (text for pair in pairs for style in PROMPTS for side in SIDES for prompt in
-         contrastive_prompts(as_messages(pair["prompt"]), pair[side], style) for text in
-         (f"User:\n{prompt[-1]['content']}\n\nAssistant:\n", pair[side])),
-        trainers.BpeTrainer(vocab_size=2000, special_tokens=["<|end|>"], show_progress=False,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    texts = (text for pair in pairs for style in PROMPTS for side in SIDES
+             for prompt in contrastive_prompts(as_messages(pair["prompt"]), pair[side], style)
+             for text in (f"User:\n{prompt[-1]['content']}\n\nAssistant:\n", pair[side]))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=["<|end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.chat_template = PLAIN_TEMPLATE
     torch.manual_seed(seed)
@@ -803,14 +811,14 @@ def make_tiny(pairs, seed):
     rows = []
     for style in PROMPTS:
         for i, pair in enumerate(encode(tokenizer, pairs, 256, style)[0]):
-            shown = SIDES[i % 2]  # a revision prompt shows either response
-            rows += [(pair["prompt_ids" if kind == "plain" else f"{shown}_{kind}_ids"].tolist(), pair[f"{side}_ids"].tolist())
-                     for kind, side in (("plain", "chosen"), ("plain", "rejected"), ("better", "chosen"), ("worse", "rejected"))]
+            better, worse = (f"{SIDES[i % 2]}_{kind}" for kind in ("better", "worse"))  # a revision shows either side
+            for prompt, side in zip(("prompt", "prompt", better, worse), SIDES * 2):
+                rows.append((pair[f"{prompt}_ids"].tolist(), pair[f"{side}_ids"].tolist()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_LR, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(seed)
     for step in bar(range(WARM_STEPS), desc="warm up", unit=" steps"):
-        some = [rows[i] for i in torch.randint(len(rows), (WARM_ROWS,), generator=generator)]
-        logps, mask = response_logps(model, [prompt for prompt, _ in some], [response for _, response in some])
+        some = torch.randint(len(rows), (WARM_ROWS,), generator=generator)
+        logps, mask = response_logps(model, *zip(*[rows[i] for i in some]))
         (-logps.sum() / mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = WARM_LR * schedule(step, WARM_STEPS)
@@ -820,7 +828,7 @@ def make_tiny(pairs, seed):
 
 
 # ------------------------------------------------------------------------------------------------ 10 command line
-BETA, GAMMA = {"dpo": 0.1, "simpo": 2.5}, {"dpo": 0.0, "simpo": 1.0}  # DPO's own; the middle of SimPO's published range
+BETA, GAMMA = {"dpo": 0.1, "simpo": 2.5}, {"dpo": 0.0, "simpo": 1.0}  # DPO's own; the middle of SimPO's range
 
 
 def default_lr(parameters):
@@ -828,74 +836,64 @@ def default_lr(parameters):
     return float(f"{5e-7 * math.sqrt(8e9 / parameters):.1e}")
 
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite int or float from low to high; above: low itself is out."""
+def number(kind, low, high=10**12):
+    """An argparse type: an int or float from low to high."""
     def parse(text):
-        try:
-            value = kind(text)
-            if math.isfinite(value) and (low < value if above else low <= value) and value <= high:
-                return value
-        except (ValueError, OverflowError):
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
-                                         f"{'above' if above else 'from'} {low}" + f" to {high}" * math.isfinite(high))
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        whole = "whole " * (kind is int)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to {high}")
     return parse
 
 
-def share_or_count(text):
-    """An argparse type: a share between 0 and 1 if it has a point, else a whole number."""
-    return number(float, 0, 0.99)(text) if "." in text else number(int, 0)(text)
-
-
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="treg.py", description="""Preference optimisation with token-level reward
-        regularisation (T-REG). Without arguments: make a tiny model, train it on tiny_data.jsonl, show what changed.""")
-    whole, share, data = number(int, 1), number(float, 0), str(Path(__file__).with_name("tiny_data.jsonl"))
+    parser = argparse.ArgumentParser(prog="treg.py", description="Preference optimisation with token-level reward "
+        "regularisation. Without arguments: make a tiny model, train it, show what changed. Defaults are in [].")
+    data, whole = str(Path(__file__).with_name("tiny_data.jsonl")), number(int, 1)
+    share, positive = number(float, 0), number(float, 1e-12)
     add = parser.add_argument_group("what is trained").add_argument
-    add("--model", help="folder or hub name of a causal language model (default: the tiny model)")
-    add("--data", default=data, help=".json, .jsonl, .csv or .parquet file or hub data set (default: tiny_data.jsonl)")
+    add("--model", help="folder or hub name of a causal language model [the tiny model]")
+    add("--data", default=data, help=".json, .jsonl, .csv or .parquet file, or hub data set [tiny_data.jsonl]")
     add("--max-pairs", type=whole, help="train on at most this many pairs")
-    add("--holdout", type=share_or_count, default=0.1, help="number or share of the pairs kept for evaluation, where the "
-        "data has no test split (default: %(default)s)")
-    add("--max-length", type=number(int, 8), default=1024, help="most tokens of a prompt with a response: longer prompts "
-        "lose text on the left, longer responses drop their pair (default: %(default)s)")
+    add("--holdout", type=lambda text: (number(float, 0, 0.99) if "." in text else number(int, 0))(text), default=0.1,
+        help="number or share of pairs kept for evaluation if the data has no test split [%(default)s]")
+    add("--max-length", type=number(int, 8), default=1024,
+        help="most tokens of prompt and response: prompts are cut on the left, else pairs dropped [%(default)s]")
     add = parser.add_argument_group("the loss").add_argument
-    add("--algorithm", choices=("dpo", "simpo"), default="dpo", help="(default: %(default)s)")
-    add("--alpha", type=share, default=0.25, help="strength of the regulariser: 0 is plain DPO or SimPO, and up to 2 "
-        "every token keeps the sign of its gradient (default: %(default)s)")
-    add("--beta", type=number(float, 0, above=True), help=f"reward scale (default: {BETA})")
-    add("--gamma", type=share, help=f"target margin (default: {GAMMA})")
-    add("--weighting", choices=("sequence", "static"), default="sequence", help="the regulariser's weight: that of the "
-        "preference loss's gradient, or the constant 1/2 (default: %(default)s)")
+    add("--algorithm", choices=("dpo", "simpo"), default="dpo", help="the preference loss [%(default)s]")
+    add("--alpha", type=share, default=0.25, help="strength of the regulariser; 0: plain DPO or SimPO [%(default)s]")
+    add("--beta", type=positive, help=f"reward scale [{BETA}]")
+    add("--gamma", type=share, help=f"target margin [{GAMMA}]")
+    add("--weighting", choices=("sequence", "static"), default="sequence",
+        help="the regulariser's weight: as in the preference loss's gradient, or constant 1/2 [%(default)s]")
     add = parser.add_argument_group("the token rewards").add_argument
-    add("--token-rewards", choices=("contrastive", "sft", "dpo"), default="contrastive", help="by contrastive prompts; 1 on "
-        "chosen and 0 on rejected tokens; or by a model that is first trained with DPO (default: %(default)s)")
-    add("--prompts", default="auto", help="answer, revise, a .json file with your own better and worse, or auto: measure "
-        "answer and revise on 200 training pairs and take the better (default)")
+    add("--token-rewards", choices=("contrastive", "sft", "dpo"), default="contrastive",
+        help="by contrastive prompts; 1 on chosen, 0 on rejected; or by a model first trained with DPO [%(default)s]")
+    add("--prompts", default="auto", help="answer, revise, your .json file, or auto: the better of the two [auto]")
     add("--check-prompts", action="store_true", help="only measure how well the prompts tell chosen from rejected")
-    add("--reward-model", help="model with the same tokenizer that writes the token rewards (default: --model, untrained)")
+    add("--reward-model", help="model with the same tokenizer that writes the token rewards [--model, untrained]")
     add = parser.add_argument_group("the training").add_argument
-    add("--lr", type=number(float, 0, above=True), help="peak learning rate (default: 5e-7 x sqrt(8e9 / parameters))")
-    add("--epochs", type=whole, help="passes over the pairs (default: 1; the tiny model 3)")
+    add("--lr", type=positive, help="peak learning rate [5e-7 x sqrt(8e9 / parameters)]")
+    add("--epochs", type=whole, help="passes over the pairs [1; the tiny model 3]")
     add("--steps", type=whole, help="optimiser steps, in place of epochs")
-    add("--batch-size", type=whole, default=8, help="pairs in a batch (default: %(default)s)")
-    add("--accumulate", type=whole, default=1, help="batches in an optimiser step (default: %(default)s)")
+    add("--batch-size", type=whole, default=8, help="pairs in a batch [%(default)s]")
+    add("--accumulate", type=whole, default=1, help="batches in an optimiser step [%(default)s]")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="(default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of all random numbers [%(default)s]")
     add = parser.add_argument_group("the machine").add_argument
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of matrix products; weights, log-softmax and token "
-        "rewards are float32 (default: %(default)s)")
-    add("--out", help="new folder for the model, metrics.jsonl and summary.json (default: runs/<time>)")
-    add("--save-every", type=whole, default=200, help="steps between checkpoints (default: %(default)s)")
+    add("--device", help="cpu or cuda [cuda if there is one]")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of matrix products; other work fp32 [%(default)s]")
+    add("--out", help="new folder for the model, metrics.jsonl and summary.json [runs/<time>]")
+    add("--save-every", type=whole, default=200, help="steps between checkpoints [%(default)s]")
     add("--resume", action="store_true", help="go on with the run in --out where it was stopped")
     s = parser.parse_args(argv)
     if s.resume and not s.out:
         parser.error("argument --resume: needs --out, the folder of the run to go on with")
     if s.check_prompts and (not s.alpha or s.token_rewards != "contrastive"):
         parser.error("argument --check-prompts: there are no prompts with --alpha 0 or other --token-rewards")
-    for name in ("model", "data", "prompts", "reward_model", "device", "out"):
-        if getattr(s, name) == "":  # an unset variable of the shell's
+    for name, value in vars(s).items():
+        if value == "":  # an unset variable of the shell's
             parser.error(f"argument --{name.replace('_', '-')}: is empty")
     s.beta, s.gamma = s.beta or BETA[s.algorithm], GAMMA[s.algorithm] if s.gamma is None else s.gamma
     s.epochs = s.epochs or (1 if s.model else 3)
@@ -903,13 +901,11 @@ def parse(argv):
 
 
 def choose_device(name):
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {name}: no such device; use cpu or cuda") from None
-    if device.type not in ("cpu", "cuda") or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: not on this machine, which has {torch.cuda.device_count()} CUDA devices; use cpu")
-    return device
+    count = torch.cuda.device_count()
+    here = ["cuda"] * bool(count) + [f"cuda:{i}" for i in range(count)] + ["cpu"]
+    if name and name not in here:
+        raise UserError(f"--device {name}: not on this machine; use {' or '.join(here)}")
+    return torch.device(name or here[0])
 
 
 def read_prompts(name):
@@ -924,37 +920,31 @@ def read_prompts(name):
     for side in ("better", "worse"):
         fields = set(re.findall(r"\{(\w*)\}", read_text(style.get(side), side, f"--prompts {name}")))
         if not {"prompt"} <= fields <= {"prompt", "response"}:
-            raise UserError(f"--prompts {name}: {side} needs the field {{prompt}}, may have {{response}}, and no other")
+            raise UserError(f"--prompts {name}: {side} needs {{prompt}}, may have {{response}}, and no other field")
     return {side: style[side] for side in ("better", "worse")}
 
 
 def load_model(name, flag, device, checkpointing=False):
     """-> (model with float32 weights and no dropout, tokenizer with a chat template), from a folder or the hub."""
     try:
-        safe = {"trust_remote_code": False}  # unset, transformers would ask
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
-        # asked for, as 16-bit weights would otherwise stay so, and round small updates away
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **safe)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # unset, it would ask
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(  # float32: see plain_logps
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
         if report["missing_keys"]:  # transformers would fill them with random numbers
             raise ValueError(f"weights missing: {', '.join(sorted(report['missing_keys']))}")
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise ValueError("no tokenizer")
-        if not tokenizer.chat_template:
-            begins = tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-            tokenizer.chat_template = "{{ bos_token }}" * bool(begins) + PLAIN_TEMPLATE
         if end_token(tokenizer) is None:
             raise ValueError("no end token: set the tokenizer's eos_token")
         model.to(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise UserError(f"{flag} {name}: cannot be loaded ({one_line(error)}); name a folder that save_pretrained wrote, "
-                        "model and tokenizer, or a hub name where the hub can be reached") from None
+        raise UserError(f"{flag} {name}: cannot be loaded ({one_line(error)}); name a folder that save_pretrained "
+                        "wrote, model and tokenizer, or a hub name where the hub can be reached") from None
     embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embeddings:
-        raise UserError(f"{flag} {name}: the tokenizer has {len(tokenizer)} tokens, the model {embeddings}; they do not "
-                        "belong together")
+        raise UserError(f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, its model {embeddings}; mend it")
     if checkpointing:  # not by transformers' switch, which wants training mode: dropout, and samples without a cache
         for module in model.modules():
             if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
@@ -963,21 +953,22 @@ def load_model(name, flag, device, checkpointing=False):
 
 
 def load_data(s):
-    """-> (training pairs, pairs for evaluation): the test split if there is one, else --holdout of all pairs."""
+    """-> {"train": pairs, "test": pairs for evaluation}: the test split if there is one, else --holdout of all."""
     pairs, test = load_pairs(s.data), load_pairs(s.data, "test")
     if not test:
         count = int(s.holdout * len(pairs)) if isinstance(s.holdout, float) else s.holdout
         order = np.random.default_rng(s.seed).permutation(len(pairs))
-        test, pairs = [pairs[i] for i in sorted(order[:count])], [pairs[i] for i in sorted(order[count:])]
+        test, pairs = ([pairs[i] for i in sorted(part)] for part in (order[:count], order[count:]))
     if not pairs:
         raise UserError(f"{s.data}: --holdout {s.holdout} and other splits leave no pair to train on")
-    return pairs[:s.max_pairs], test
+    return {"train": pairs[:s.max_pairs], "test": test}
 
 
 def choose_prompts(model, tokenizer, pairs, s, style, scorer):
     """Measure a style, for "auto" each of PROMPTS, on up to 200 pairs, and print how they do. -> the best style."""
     results = []
-    for name, style in [(name, name) for name in PROMPTS] if style == "auto" else [(s.prompts, style)]:
+    styles = {name: name for name in PROMPTS} if style == "auto" else {s.prompts: style}
+    for name, style in styles.items():
         some, report = encode(tokenizer, pairs[:200], s.max_length, style)
         if not some:
             raise UserError(f"{s.data}: none of the first 200 pairs is left with the prompts {name} ({report})")
@@ -986,30 +977,26 @@ def choose_prompts(model, tokenizer, pairs, s, style, scorer):
         results.append((share, low, name, style))
     share, low, name, style = max(results, key=lambda result: result[0])
     if low <= 0.5:
-        print(f"warning: by the prompts {name} this model cannot tell chosen from rejected better than chance, so the "
+        print(f"warning: by the prompts {name} this model tells chosen from rejected no better than chance, and the "
               "regulariser would push at random; write prompts of your own (--prompts FILE.json) or use --alpha 0")
     return style
 
 
 def digest(named):
-    """sha256 of (name, array) pairs: the same for the same data, weights or annotation."""
+    """sha256 of (name, array or tensor) pairs: the same for the same data, weights or annotation."""
     total = hashlib.sha256()
     for name, value in named:
+        value = value.cpu().numpy() if torch.is_tensor(value) else value
         total.update(f"{name} {value.dtype} {value.shape}".encode())
         total.update(np.ascontiguousarray(value))
     return total.hexdigest()
-
-
-def digest_weights(model):
-    return digest((name, value.cpu().numpy()) for name, value in model.state_dict().items())
 
 
 ANNOTATION = [f"{side}_{name}" for side in SIDES for name in ("ref_logps", "token_rewards")]
 
 
 def kept_annotation(path, key, pairs, make):
-    """The pairs annotated by make(), which takes long: kept in path, and read from there only if it is whole and its
-    key the same. A file that is stale or damaged is made again."""
+    """make()'s annotated pairs, kept in path: read from there if it is whole and has this key, else made again."""
     ends = [np.cumsum([len(pair[f"{side}_ids"]) for pair in pairs])[:-1] for side in SIDES for _ in range(2)]
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
         flat = {name: file.get_tensor(name) for name in file.keys()}
@@ -1048,11 +1035,11 @@ def measure(name, device, summary):
     start = now()
     yield
     seconds, cpu_seconds, tokens = (now() - start).tolist()
-    summary |= {f"{name}_seconds": seconds, f"{name}_cpu_seconds": cpu_seconds, f"{name}_tokens": int(tokens)}
-    summary[f"{name}_peak_memory_bytes"] = summary["peak_memory_bytes"] = (
-        torch.cuda.max_memory_allocated(device) if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    print(f"{name}: {seconds:.1f} s, {int(tokens):,} tokens, peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB")
+    memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    summary |= {f"{name}_seconds": seconds, f"{name}_cpu_seconds": cpu_seconds, f"{name}_tokens": int(tokens),
+                f"{name}_peak_memory_bytes": memory, "peak_memory_bytes": memory}
+    print(f"{name}: {seconds:.1f} s, {int(tokens):,} tokens, peak memory {memory / 2**30:.2f} GiB")
 
 
 def variant_rewards(model, pairs, train_pairs, s):
@@ -1090,19 +1077,19 @@ def load_models(s, device):
     if s.reward_model:
         scorer, other = load_model(s.reward_model, "--reward-model", device)
         if other.get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"--reward-model {s.reward_model}: has another tokenizer than the model, so its token rewards "
-                            "would be for other tokens; name one with the same")
+            raise UserError(f"--reward-model {s.reward_model}: has another tokenizer than --model; name another")
     for each in (model, scorer or model):
-        s.max_length = min(s.max_length, getattr(each.config.get_text_config(), "max_position_embeddings", s.max_length))
+        config = each.config.get_text_config()
+        s.max_length = min(s.max_length, getattr(config, "max_position_embeddings", s.max_length))
     return model, tokenizer, scorer
 
 
 def prepare(s, out, device, style, summary):
-    """-> (model, tokenizer, annotated training pairs, annotated pairs for evaluation), or None after --check-prompts."""
+    """-> (model, tokenizer, annotated training pairs, annotated test pairs), or None after --check-prompts."""
     for flag, name in (("--model", s.model), ("--reward-model", s.reward_model)):
         if name and (Path(name).exists() or name[0] in "./~") and not Path(name, "config.json").is_file():
             raise UserError(f"{flag} {name}: is no model folder; it must be there and hold a config.json")
-    texts = dict(zip(("train", "test"), load_data(s)))
+    texts = load_data(s)
     model, tokenizer, scorer = load_models(s, device)
     if not s.alpha or s.token_rewards != "contrastive":
         style = None
@@ -1119,15 +1106,15 @@ def prepare(s, out, device, style, summary):
         raise UserError(f"{s.data}: no pair is left to train on; the counts above say why")
     error, seconds = check_longest(model, pairs)
     if not model.shares_prompts:
-        print(f"note: sharing prompts changes this model's log-probs by {error:.1g}, so every response is computed alone")
+        print(f"note: sharing prompts changes log-probs by {error:.1g}, so every response is computed alone")
     epochs = s.steps * s.batch_size * s.accumulate / count if s.steps else s.epochs
-    work = [sum(len(pair[name]) for name in pair if name.endswith("_ids")) for pair in pairs]
-    plain = [sum(len(pair[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")) for pair in data["train"]]
-    print(f"time: about {seconds * (sum(work) + 3 * epochs * sum(plain)) / 60:.1f} minutes")
-    settings = {**vars(s), "style": style, "weights": digest_weights(model), "reward_weights": scorer and digest_weights(scorer),
-                "pairs": digest((name, pair[name]) for pair in pairs for name in sorted(pair) if name.endswith("_ids")),
-                "torch": torch.__version__, "transformers": transformers.__version__}
-    save_settings(out, settings)
+    every = sum(pair[name].size for pair in pairs for name in pair if name.endswith("_ids"))
+    plain = sum(pair[name].size for pair in data["train"] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    print(f"time: about {seconds * (every + 3 * epochs * plain) / 60:.1f} minutes")  # 3: forward, and twice backward
+    weights, reward_weights = (each and digest(each.state_dict().items()) for each in (model, scorer))
+    ids = digest((name, pair[name]) for pair in pairs for name in sorted(pair) if name.endswith("_ids"))
+    save_settings(out, {**vars(s), "style": style, "weights": weights, "reward_weights": reward_weights, "pairs": ids,
+                        "torch": torch.__version__, "transformers": transformers.__version__})
 
     def make():
         done = annotate(model, tokenizer, pairs, style, scorer, s.batch_size, s.max_length, s.dtype)
@@ -1136,10 +1123,11 @@ def prepare(s, out, device, style, summary):
         return done
 
     with measure("annotate", device, summary):  # all other settings are the same in a resumed run, or it is refused
-        key = settings["weights"] + str(settings["reward_weights"]) + settings["pairs"]
+        key = f"{weights} {reward_weights} {ids}"
         done = kept_annotation(out / "annotation.safetensors", key, pairs, make)
     if style:
-        print("token rewards: pair accuracy {:.3f} (95 % interval {:.3f} to {:.3f})".format(*pair_accuracy(done[:count])))
+        share, low, high = pair_accuracy(done[:count])
+        print(f"token rewards: pair accuracy {share:.3f} (95 % interval {low:.3f} to {high:.3f})")
     return model, tokenizer, done[:count], done[count:]
 
 
@@ -1171,8 +1159,6 @@ def run(s):
         tokenizer.save_pretrained(out)
     for name in ("credit_auroc", "credit_auroc_pooled") + ("accuracy", "margin") * (s.algorithm == "dpo"):
         before[name] = None  # a constant by construction: the model is its own reference
-    before, after = ({name: None if value is None or math.isnan(value) else value for name, value in values.items()}
-                     for values in (before, after))  # JSON has no NaN
     summary |= {"before": before, "after": after, "pairs": len(pairs), "steps": steps, "settings": vars(s)}
     write(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     (out / "checkpoint.pt").unlink(missing_ok=True)
@@ -1185,17 +1171,16 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal that knows no "–" is no reason to stop
     try:
         run(s)
+        return 0
     except torch.OutOfMemoryError:
-        error = "out of memory; try --gradient-checkpointing, a smaller --max-length, or --dtype bf16"
+        error = "out of memory; begin again with --gradient-checkpointing, a smaller --max-length, or --dtype bf16"
     except UserError as problem:
         error = problem
     except OSError as problem:
         error = f"{problem.filename or 'standard output'}: {problem.strerror or problem}"
     except KeyboardInterrupt as stop:
-        print(f"treg.py: {stop if stop.args else 'stopped; what was saved is whole, and --resume goes on from there'}", file=sys.stderr)
+        print("treg.py:", stop if stop.args else "stopped; --resume goes on from what was saved", file=sys.stderr)
         return 130
-    else:
-        return 0
     print(f"treg.py: error: {error}", file=sys.stderr)
     return 2
 
