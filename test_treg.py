@@ -427,6 +427,19 @@ def test_prompt_sharing_turns_itself_off_where_attention_is_a_sliding_window():
     assert treg.share_prompts(model, prompts, responses) < 1e-4 and model.shares_prompts
 
 
+def test_log_softmax_is_float32_even_where_logits_are_bfloat16():
+    model, _ = small_model()
+    model.bfloat16()
+    prompts, responses = some_rows(1)
+    logps, _ = treg.response_logps(model, prompts, responses)
+    assert logps.dtype == torch.float32
+    for row, prompt, response in zip(logps, prompts, responses):
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt + response])).logits[0].float().log_softmax(-1)
+        expected = [expected[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
+        close(row[:len(response)].double().detach(), expected, "log-softmax in float32", 1e-5)
+
+
 def test_logits_exist_only_where_a_response_token_is_predicted():
     model, _ = small_model()
     prompts, responses = some_rows()
@@ -643,7 +656,7 @@ def test_credit_auroc_by_hand():
 
 def test_auroc_leaves_the_end_token_out_and_averages_within_responses():
     """Responses of 2 and 3 tokens and the end token: within, AUROC 1 and ½; pooled, good (2, 9) against bad (1, 8, 10): 3 of 6."""
-    pair = {"chosen_credit": np.array([2.0, 1.0, -99.0]), "chosen_good": [True, False],
+    pair = {"chosen_credit": np.array([2.0, 1.0, 50.0]), "chosen_good": [True, False],
             "rejected_credit": np.array([8.0, 9.0, 10.0, 99.0]), "rejected_good": [False, True, False]}
     assert treg.auroc([pair], "credit") == (0.75, 0.5)
 
