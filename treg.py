@@ -609,8 +609,9 @@ def train(model, pairs, s, out=None):
             optimizer.step()
             optimizer.zero_grad()
             steps.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['margin']:.3f}", refresh=False)
+            stop = bool(asked)  # read once: a request that comes after this line waits for the next step
             if out:
-                save = asked or (step + 1) % s.save_every == 0 or step + 1 == total
+                save = stop or (step + 1) % s.save_every == 0 or step + 1 == total
                 with saving(out / "metrics.jsonl"), open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"step": step + 1, **row}) + "\n")
                     if save:  # on the disk before the checkpoint is, lest a power cut leave a gap
@@ -619,7 +620,7 @@ def train(model, pairs, s, out=None):
                 if save:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                     write(out / "checkpoint.pt", lambda path: torch.save(state, path))
-            if asked:
+            if stop:
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; go on by --resume --out {s.out}")
     return total
 
@@ -1105,6 +1106,8 @@ def prepare(s, out, device, style, summary):
     if not count:
         raise UserError(f"{s.data}: no pair is left to train on; the counts above say why")
     error, seconds = check_longest(model, pairs)
+    if scorer:
+        check_longest(scorer, pairs)
     if not model.shares_prompts:
         print(f"note: sharing prompts changes log-probs by {error:.1g}, so every response is computed alone")
     epochs = s.steps * s.batch_size * s.accumulate / count if s.steps else s.epochs
