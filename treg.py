@@ -528,7 +528,7 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
         pairs, _ = encode(tokenizer, pairs, max_length, style)
     pairs, scorer = [dict(pair) for pair in pairs], reward_model or model
     for each in (model, scorer):
-        if not hasattr(each, "shares_prompts") and pairs:
+        if not hasattr(each, "shares_prompts") and pairs:  # a command line has checked on all its pairs
             check_longest(each, pairs)
     with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
         for pack in packs(pairs, batch_size, PACK // 3):  # the contrastive prompts are about twice as much again
