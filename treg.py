@@ -22,32 +22,18 @@ Sections: 1 prompts, 2 token rewards, 3 implicit rewards and the loss (the paper
 Shapes: B pairs (or rows), T response tokens including the end token. Everything per token is (B, T), column t is
 response token t, and a mask says where a response has a token. Logs are natural; a reward has the unit of β · nats.
 """
-import argparse
-import contextlib
-import csv
-import functools
-import gzip
-import hashlib
-import inspect
-import io
-import itertools
-import json
-import math
-import os
-import re
-import resource
-import signal
-import sys
-import time
+import argparse, contextlib, csv, functools, gzip, html, inspect, io, itertools, json  # noqa: E401
+import math, os, re, resource, signal, sys, time, zlib  # noqa: E401
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from datasets import get_dataset_split_names, load_dataset
 from pyarrow.parquet import ParquetFile
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -61,10 +47,10 @@ PROMPTS = {
         "worse": "{prompt}\n\nGive an answer that is unhelpful, wrong, incoherent and rambling.",
     },
     "revise": {
-        "better": "Instruction: {prompt}\n\nResponse: {response}\n\nRevise the response to the instruction. "
-                  "Make it more helpful, correct, coherent and concise.",
-        "worse": "Instruction: {prompt}\n\nResponse: {response}\n\nRevise the response to the instruction. "
-                 "Make it less helpful, correct, coherent and concise.",
+        "better": "{prompt}\n\nResponse: {response}\n\nRevise the response so that it is more helpful, "
+                  "more correct, more coherent and more concise.",
+        "worse": "{prompt}\n\nResponse: {response}\n\nRevise the response so that it is less helpful, "
+                 "less correct, less coherent and less concise.",
     },
 }
 
@@ -127,12 +113,18 @@ def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weig
 
 # ------------------------------------------------------------------------------------------------------- 4 data
 SIDES = ("chosen", "rejected")
+FILES = ("json", "jsonl", "csv", "parquet")  # endings of data files; .gz may follow
 bar = functools.partial(tqdm, delay=2, leave=False)  # a progress bar for what takes more than two seconds
-
 
 class UserError(Exception):
     """A mistake that the user can mend, in one line: where, what, and what to do."""
 
+def need(condition, message):
+    if not condition:
+        raise UserError(message)
+
+def one_line(error):
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 def load_pairs(source, split="train"):
     """-> list of pairs from a .json, .jsonl, .csv or .parquet file (.gz too), else from a hub data set.
@@ -145,107 +137,72 @@ def load_pairs(source, split="train"):
     return [read_pair(row, where) for where, row in rows
             if not isinstance(row, dict) or (row.get("split") or "train") == split]
 
-
 def read_rows(source, split):
-    """Yield (where, row) for every row."""
-    path, kind, count = Path(source), source.removesuffix(".gz").rpartition(".")[2], 0
-    known = kind in ("json", "jsonl", "csv", "parquet")
-    if not known and not path.exists():
-        yield from read_hub(source, split)
-        return
-    if not path.is_file() or not known:
-        why = "is a folder" if path.is_dir() else "unknown ending" if path.exists() else "no such file"
-        raise UserError(f"{path}: {why}; name a .json, .jsonl, .csv or .parquet file")
+    """Yield (where, row) for every row of a file, or of this split of a hub data set."""
+    path, kind, line, count = Path(source), source.removesuffix(".gz").rpartition(".")[2], 0, 0
+    hub = kind not in FILES and not path.exists()
+    why = "is a folder" if path.is_dir() else "unknown ending" if path.exists() else "no such file"
+    need(hub or path.is_file() and kind in FILES, f"{path}: {why}; name a .json, .jsonl, .csv or .parquet file")
     try:
-        file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-        if kind == "jsonl":  # as bytes: only a newline ends a line, and a bad byte is known by its line
-            rows = ((n, parse_json(line, f"{path}:{n}")) for n, line in enumerate(file, 1)
-                    if line.strip(b"\xef\xbb\xbf \t\r\n"))
-        elif kind == "json":
-            rows = parse_json(file.read(), path)
-            if not isinstance(rows, list):
-                raise UserError(f"{path}: must hold one list of rows; if it has a row a line, name it .jsonl")
-            rows = ((f"row {n}", row) for n, row in enumerate(rows, 1))
-        elif kind == "csv":  # the standard library leaves every cell the text that it is, "NA" and "42" too
-            csv.field_size_limit(sys.maxsize)
-            reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""), strict=True)
-            header = next(filter(None, reader), [])
-            rows = ((reader.line_num, {name: cell for name, cell in itertools.zip_longest(header, cells) if cell})
-                    for cells in reader if cells)
-        else:  # by Arrow, which datasets rests on: datasets itself would keep a copy and may read an old one
+        file = None if hub else (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+        if hub:
+            splits = get_dataset_split_names(source)
+            need(split in splits or split != "train", f"--data {source}: has no split train, only {', '.join(splits)}")
+            rows = ({**row, "split": split} for row in (load_dataset(source, split=split) if split in splits else ()))
+        elif kind == "parquet":  # by Arrow, on which datasets rests: datasets may read its own copy of an older file
             rows = (row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist())
-            rows = ((f"row {n}", row) for n, row in enumerate(rows, 1))
-        for count, (line, row) in enumerate(rows, 1):
-            if kind == "csv" and None in row:
-                raise UserError(f"{path}:{line}: more cells than columns; quote the cells that hold commas")
-            yield f"{path}:{line}", row
+        elif kind == "csv":  # the standard library leaves every cell the text that it is, "NA" and "007" too
+            csv.field_size_limit(sys.maxsize)
+            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+            cells = filter(None, csv.reader(text, strict=True))
+            header = next(cells, [])
+            rows = (dict(itertools.zip_longest(header, row)) for row in cells)
+        else:  # the lines of .jsonl as bytes, so that only a newline ends one
+            rows = json.load(file) if kind == "json" else file
+            need(not isinstance(rows, dict), f"{path}: must hold one list; a file with a row a line is .jsonl")
+        for line, row in enumerate(rows, 1):
+            if kind == "jsonl":
+                if not row.strip(b"\xef\xbb\xbf \t\r\n"):
+                    continue
+                row = json.loads(row)
+            elif kind == "csv":
+                need(None not in row, f"{path}:row {line}: more cells than columns; quote cells that hold commas")
+                row = {name: cell for name, cell in row.items() if cell}
+            count += 1
+            yield f"{path}:{line}" if kind == "jsonl" else f"{source}:row {line}", row
     except UserError:
         raise
-    except Exception as error:  # gzip, csv and Arrow each have their own
-        raise UserError(f"{path}: damaged after row {count} ({one_line(error)}); write the file again") from None
-    if not count:
-        raise UserError(f"{path}: holds no rows; a row has prompt, chosen and rejected")
-
-
-def read_hub(name, split):
-    from datasets import get_dataset_split_names, load_dataset
-    try:
-        splits = get_dataset_split_names(name)
-        rows = load_dataset(name, split=split) if split in splits else []
-    except Exception as error:
-        raise UserError(f"--data {name}: no such file, and the hub does not give it ({one_line(error)})") from None
-    if split == "train" and split not in splits:
-        raise UserError(f"--data {name}: has no split train, only {', '.join(splits)}; save one of them as .parquet")
-    yield from ((f"{name}:{split} row {n}", {**row, "split": split}) for n, row in enumerate(rows, 1))
-
-
-def parse_json(raw, where):
-    try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({one_line(error)}); mend it or take it out") from None
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
+    except Exception as error:  # gzip, csv, json, Arrow and the hub each have their own
+        place = f"{path}:{'' if kind == 'jsonl' else 'row '}{line}: here or after it not valid {kind}, or not UTF-8"
+        hint = "no such file, and the hub does not give it" if hub else "mend the file or write it again"
+        raise UserError(f"{f'--data {source}' if hub else place}: {hint} ({one_line(error)})") from None
+    need(count or hub, f"{path}: holds no rows; a row has prompt, chosen and rejected")
 
 def read_text(value, name, where, blank=False):
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name} must be text, is {'missing' if value is None else type(value).__name__}")
-    if not blank and not value.strip():
-        raise UserError(f"{where}: {name} is blank; give it text or take the row out")
-    if re.search("[\ud800-\udfff]", value):
-        raise UserError(f"{where}: {name} holds what is no character, a broken \\u escape or byte; save it as UTF-8")
+    need(isinstance(value, str), f"{where}: {name} must be text, is "
+         + ("missing" if value is None else type(value).__name__))
+    need(blank or value.strip(), f"{where}: {name} is blank; give it text or take the row out")
+    need(not re.search("[\ud800-\udfff]", value), f"{where}: {name} holds what is no character; save it as UTF-8")
     return value
 
-
-def read_messages(value, name, where, last):
+def read_messages(value, name, where, last=None):
     """A list of {role, content}, its last message by the role last; or a text, as it is."""
     if not isinstance(value, list):
         return read_text(value, name, where)
-    for message in value:
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-            raise UserError(f"{where}: {name}: a message needs a role, one of system, user and assistant")
-        read_text(message.get("content"), f"{name}: content", where, blank=message is not value[-1])
-    if last and (not value or value[-1]["role"] != last):
-        raise UserError(f"{where}: {name} must end with a message of the {last}'s")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
+    need(all(isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") for m in value),
+         f"{where}: {name}: a message needs a role, one of system, user and assistant")
+    need(not last or value and value[-1]["role"] == last, f"{where}: {name} must end with a message of the {last}'s")
+    return [{"role": message["role"], "content": read_text(message.get("content"), f"{name}: content", where,
+                                                           blank=message is not value[-1])} for message in value]
 
 def read_pair(row, where):
     """A row of any known format -> a pair."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row is an object with prompt, chosen and rejected, not {type(row).__name__}")
+    need(isinstance(row, dict), f"{where}: a row is an object with chosen and rejected, not {type(row).__name__}")
     chosen, rejected = (read_messages(row.get(side), side, where, "assistant") for side in SIDES)
-    if type(chosen) is not type(rejected):
-        raise UserError(f"{where}: chosen and rejected must both be texts, or both lists of messages")
+    need(type(chosen) is type(rejected), f"{where}: chosen and rejected must both be texts, or both lists of messages")
     prompt, shared = row.get("prompt"), []
     if isinstance(chosen, list):
-        if chosen[:-1] != rejected[:-1]:
-            raise UserError(f"{where}: chosen and rejected must be the same up to their last message")
+        need(chosen[:-1] == rejected[:-1], f"{where}: chosen and rejected must be the same up to their last message")
         shared, chosen, rejected = chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
     if prompt is None and "instruction" in row:
         extra = read_text(row.get("input") or "", "input", where, blank=True)
@@ -260,35 +217,30 @@ def read_pair(row, where):
         chosen, rejected = (read_text(text[len(prompt):], "what follows the shared beginning", where)
                             for text in (chosen, rejected))
     if isinstance(prompt, list):
-        prompt = read_messages(prompt, "prompt", where, None)
+        prompt = read_messages(prompt, "prompt", where)
         if shared[-1:] == prompt[-1:]:  # one repeats the other, perhaps without its system message
             shared = max(prompt, shared, key=len)
         elif shared[:len(prompt)] != prompt:
             shared = prompt + shared
     elif prompt is not None:  # a text beside message lists is repeated in them (UltraFeedback)
         read_text(prompt, "prompt", where)
-    prompt = read_messages(shared or prompt, "prompt", where, "user")
-    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "where": where}
-    for side in SIDES:
-        spans, size = row.get(f"{side}_errors"), len(pair[side])
-        if spans is not None:
-            if not isinstance(spans, list) or not all(
-                    isinstance(span, list) and [type(end) for end in span] == [int, int]
-                    and 0 <= span[0] < span[1] <= size for span in spans):
-                raise UserError(f"{where}: {side}_errors must be a list of [start, end), from 0 to {size}")
-            pair[f"{side}_errors"] = spans
+    pair = {"prompt": read_messages(shared or prompt, "prompt", where, "user"),
+            "chosen": chosen, "rejected": rejected, "where": where}
+    for name, size in ("chosen_errors", len(chosen)), ("rejected_errors", len(rejected)):
+        if row.get(name) is not None:
+            need(isinstance(row[name], list) and all(
+                isinstance(span, list) and [type(end) for end in span] == [int, int] and 0 <= span[0] < span[1] <= size
+                for span in row[name]), f"{where}: {name} must be a list of [start, end), from 0 to {size}")
+            pair[name] = row[name]
     if row.get("keywords") is not None:
-        if not isinstance(row["keywords"], list):
-            raise UserError(f"{where}: keywords must be a list of words")
+        need(isinstance(row["keywords"], list), f"{where}: keywords must be a list of words")
         pair["keywords"] = [read_text(word, "a keyword", where) for word in row["keywords"]]
     return pair
-
 
 # The layout of a base model, which has no chat template of its own. It is saved with the trained model.
 PLAIN_TEMPLATE = ("{% for m in messages %}{{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{{ eos_token if m['role'] == 'assistant' }}\n\n{% endfor %}"
                   "{% if add_generation_prompt %}Assistant:\n{% endif %}")
-
 
 def as_messages(prompt):
     """A prompt as messages: a list stays, Anthropic HH text becomes its turns, any other text one user message."""
@@ -299,7 +251,6 @@ def as_messages(prompt):
         return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()}
                 for who, said in zip(turns[1:-2:2], turns[2:-2:2])]
     return [{"role": "user", "content": prompt}]
-
 
 def render(tokenizer, messages, **options):
     """The messages in the model's template, as text; where the template refuses a system role, the user says it."""
@@ -317,12 +268,10 @@ def render(tokenizer, messages, **options):
         user = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
         return tokenizer.apply_chat_template([user, *messages[2:]], tokenize=False, **options)
 
-
 def prompt_ids(tokenizer, messages):
     # the template writes the BOS if the model wants one; a second by the tokenizer is a classic mistake
     text = render(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
 
 def end_token(tokenizer):
     """The id that the model's own template writes after an assistant turn, else eos."""
@@ -331,7 +280,6 @@ def end_token(tokenizer):
     after = tokenizer(turn.rpartition("☃")[2], add_special_tokens=False)["input_ids"]
     return next((token for token in after if token in special), tokenizer.eos_token_id)
 
-
 def response_ids(tokenizer, text, end):
     """Ids of the response on its own, then exactly one end token: no merge across its boundary, no prompt needed."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -339,64 +287,41 @@ def response_ids(tokenizer, text, end):
         ids.pop()
     return ids + [end]
 
-
 def good_tokens(tokenizer, text, spans):
     """-> for every token of text (end token not included) whether it overlaps no error span."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [not any(a < end and start < b for start, end in spans) for a, b in offsets]
 
+def encode(tokenizer, pairs, max_length, style=None):
+    """-> (pairs with int32 arrays of token ids, a report in words of what was dropped).
 
-def fit(tokenizer, pair, room, style):
-    """-> (ids of every form of the prompt, each at most room tokens; whether text was cut), or None if nothing fits.
-
-    The cut takes the left of the user's text, inside the template and alike in all forms: BOS, header and the
-    instruction of a contrastive prompt survive.
+    Adds prompt_ids, chosen_ids, rejected_ids, with a style chosen_better_ids and so on (both sides, both contrastive
+    prompts), with error spans chosen_good and rejected_good. A pair is dropped if its responses are the same, or if
+    its longest prompt and response have more than max_length tokens together: a cut could change who won.
     """
-    messages, cut = as_messages(pair["prompt"]), False
-    while room > 0:
+    end, encoded, same, long = end_token(tokenizer), [], 0, 0
+    for pair in bar(pairs, desc="encode", unit=" pairs"):
+        messages = as_messages(pair["prompt"])
         forms = {"prompt_ids": messages}
         for side in SIDES if style else ():
             better, worse = contrastive_prompts(messages, pair[side], style)
             forms |= {f"{side}_better_ids": better, f"{side}_worse_ids": worse}
         try:
-            ids = {name: np.array(prompt_ids(tokenizer, form), np.int32) for name, form in forms.items()}
+            prompts = {name: prompt_ids(tokenizer, form) for name, form in forms.items()}
         except ValueError as error:  # such as roles that do not alternate
             raise UserError(f"{pair['where']}: {error}; take the row out") from None
-        excess = max(map(len, ids.values())) - room
-        if excess <= 0:
-            return ids, cut
-        said = messages[-1]["content"]
-        if len(said) < 2:
-            return None
-        tokens = len(tokenizer(said, add_special_tokens=False)["input_ids"])
-        drop = max(1, len(said) * excess // max(tokens, excess + 1))  # characters, an estimate that leaves some
-        messages, cut = [*messages[:-1], {**messages[-1], "content": said[drop:]}], True
-
-
-def encode(tokenizer, pairs, max_length, style=None):
-    """-> (pairs with int32 arrays of token ids, a report in words of what was dropped or shortened).
-
-    Adds prompt_ids, chosen_ids, rejected_ids, with a style chosen_better_ids and so on (both sides, both contrastive
-    prompts), with error spans chosen_good and rejected_good. max_length counts a prompt with a response, in tokens.
-    """
-    end, encoded, same, long, cut = end_token(tokenizer), [], 0, 0, 0
-    for pair in bar(pairs, desc="encode", unit=" pairs"):
-        ids = {f"{side}_ids": np.array(response_ids(tokenizer, pair[side], end), np.int32) for side in SIDES}
-        if np.array_equal(ids["chosen_ids"], ids["rejected_ids"]):
+        responses = {f"{side}_ids": response_ids(tokenizer, pair[side], end) for side in SIDES}
+        if responses["chosen_ids"] == responses["rejected_ids"]:
             same += 1
-            continue
-        fitted = fit(tokenizer, pair, max_length - max(map(len, ids.values())), style)
-        if fitted is None:  # cutting a response would change who won
+        elif max(map(len, prompts.values())) + max(map(len, responses.values())) > max_length:
             long += 1
-            continue
-        cut += fitted[1]
-        good = {f"{side}_good":  # cut where response_ids took end tokens off the text
-                good_tokens(tokenizer, pair[side], pair[f"{side}_errors"])[:len(ids[f"{side}_ids"]) - 1]
-                for side in SIDES if f"{side}_errors" in pair}
-        encoded.append({**pair, **ids, **fitted[0], **good})
-    report = {"dropped: chosen and rejected are the same": same, f"dropped: longer than {max_length} tokens": long,
-              f"prompts shortened on the left to fit {max_length} tokens": cut}
-    return encoded, "; ".join(f"{count} {what}" for what, count in report.items() if count)
+        else:  # the labels end where response_ids took end tokens off the text
+            good = {f"{side}_good": good_tokens(tokenizer, pair[side], pair[f"{side}_errors"])
+                    [:len(responses[f"{side}_ids"]) - 1] for side in SIDES if f"{side}_errors" in pair}
+            ids = {name: np.array(value, np.int32) for name, value in {**prompts, **responses}.items()}
+            encoded.append({**pair, **ids, **good})
+    report = {"chosen and rejected are the same": same, f"longer than {max_length} tokens": long}
+    return encoded, "; ".join(f"{count} dropped: {what}" for what, count in report.items() if count)
 
 
 # -------------------------------------------------------------------------------------------------- 5 log-probs
@@ -443,28 +368,30 @@ def response_logps(model, prompts, responses):
     mask = pad_sequence([torch.ones(len(response), dtype=torch.bool) for response in responses], batch_first=True)
     return pad_sequence(found, batch_first=True), mask.to(device)
 
-
 response_logps.positions = 0  # computed so far, for the token counts in summary.json
 
-
-def share_prompts(model, prompts, responses):
-    """Turn prompt sharing on unless it changes these rows' log-probs, as it does where attention is more than a mask
-    can say (sliding windows, recurrent layers). -> largest difference in nats."""
-    with torch.no_grad():
-        model.shares_prompts = False
-        separate, _ = response_logps(model, prompts, responses)
-        model.shares_prompts = True
-        try:
-            error = (response_logps(model, prompts, responses)[0] - separate).abs().max().item()
-        except (TypeError, ValueError, RuntimeError, IndexError):  # a model that takes no such mask
-            error = math.inf
+@torch.no_grad()
+def share_prompts(model, pairs):
+    """Turn prompt sharing on, unless it changes the log-probs of the longest pair, as it does where attention is more
+    than a mask can say (sliding windows, recurrent layers). -> (largest change in nats, seconds per position)."""
+    pair = max(pairs, key=lambda pair: sum(value.size for name, value in pair.items() if name.endswith("_ids")))
+    prompts, responses = [pair["prompt_ids"].tolist()] * 2, columns([pair], "ids")
+    if "chosen_better_ids" in pair:
+        prompts, responses = prompts + columns([pair], "better_ids"), responses * 2
+    start, before = time.perf_counter(), response_logps.positions
+    model.shares_prompts = False
+    separate, _ = response_logps(model, prompts, responses)
+    model.shares_prompts = True
+    try:
+        error = (response_logps(model, prompts, responses)[0] - separate).abs().max().item()
+    except (TypeError, ValueError, RuntimeError, IndexError):  # a model that takes no such mask
+        error = math.inf
     model.shares_prompts = error < 1e-3
-    return error
+    return error, (time.perf_counter() - start) / (response_logps.positions - before)
 
 
 # ---------------------------------------------------------------------------------------------------- 6 annotate
 PACK = 1024  # tokens in one forward pass: enough to keep a processor busy, and memory grows with it
-
 
 def packs(pairs, size, limit=PACK):
     """Cut pairs into runs of at most size pairs and about limit tokens: what one forward pass takes."""
@@ -479,16 +406,13 @@ def packs(pairs, size, limit=PACK):
     if pack:
         yield pack
 
-
 def columns(pairs, name):
     """The chosen_* column of all pairs, then the rejected_* column, as lists."""
     return [pair[f"{side}_{name}"].tolist() for side in SIDES for pair in pairs]
 
-
 def padded(pairs, name, device):
     """The same as one float32 tensor (2B, T), chosen rows first, zeros in the padding."""
     return pad_sequence([torch.tensor(row) for row in columns(pairs, name)], batch_first=True).to(device)
-
 
 def set_columns(pairs, name, values):
     """Write (2B, T) values, chosen rows first, into the pairs without their padding."""
@@ -497,24 +421,11 @@ def set_columns(pairs, name, values):
         for pair in pairs:
             pair[f"{side}_{name}"] = next(values)[:len(pair[f"{side}_ids"])].copy()
 
-
 def plain_logps(model, pairs, dtype):
     """-> (logps, mask), each (2B, T), of both responses after the plain prompt, in the precision of the training."""
     # weights stay float32, so that an update of 5e-7 is not rounded away; cached casts would be a second copy of them
     with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=False):
         return response_logps(model, [pair["prompt_ids"].tolist() for pair in pairs] * 2, columns(pairs, "ids"))
-
-
-def check_longest(model, pairs):
-    """share_prompts on the longest pair, plain and contrastive. -> (largest difference, seconds per position)."""
-    pair = max(pairs, key=lambda pair: sum(len(value) for name, value in pair.items() if name.endswith("_ids")))
-    prompts, responses = [pair["prompt_ids"].tolist()] * 2, columns([pair], "ids")
-    if "chosen_better_ids" in pair:
-        prompts, responses = prompts + columns([pair], "better_ids"), responses * 2
-    start, before = time.perf_counter(), response_logps.positions
-    error = share_prompts(model, prompts, responses)
-    return error, (time.perf_counter() - start) / (response_logps.positions - before)
-
 
 @torch.no_grad()
 def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_size=8, max_length=1024, dtype="fp32"):
@@ -525,11 +436,12 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
     does, so that π = π_ref at its start; token rewards in float32, because σ of a bfloat16 error is an error.
     """
     if pairs and "prompt_ids" not in pairs[0]:
-        pairs, _ = encode(tokenizer, pairs, max_length, style)
+        pairs, dropped = encode(tokenizer, pairs, max_length, style)
+        print(f"annotate: {dropped}" if dropped else "", end="\n" * bool(dropped))
     pairs, scorer = [dict(pair) for pair in pairs], reward_model or model
     for each in (model, scorer):
         if not hasattr(each, "shares_prompts") and pairs:  # a command line has checked on all its pairs
-            check_longest(each, pairs)
+            share_prompts(each, pairs)
     with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
         for pack in packs(pairs, batch_size, PACK // 3):  # the contrastive prompts are about twice as much again
             ref_logps, mask = plain_logps(model, pack, dtype)
@@ -543,6 +455,25 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
             done.update(len(pack))
     return pairs
 
+def replace_rewards(model, pairs, count, s):
+    """-> pairs with the token rewards of a variant of the paper's, "sft" or "dpo", or of a control, "shuffled" within
+    each response or with the prompts "swapped". "dpo" trains on the first count pairs, and puts the model back."""
+    pairs, rng = [dict(pair) for pair in pairs], np.random.default_rng(s.seed)
+    if s.token_rewards == "dpo":
+        start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+        train(model, pairs[:count], settle(s, model, algorithm="dpo", alpha=0.0))
+        with torch.no_grad():
+            for pack in packs(pairs, s.batch_size):
+                logps, mask = plain_logps(model, pack, s.dtype)
+                set_columns(pack, "token_rewards", token_rewards(logps, padded(pack, "ref_logps", logps.device), mask))
+        model.load_state_dict(start)
+        return pairs
+    for pair in pairs:
+        for side in SIDES:
+            hat = pair[f"{side}_token_rewards"]
+            pair[f"{side}_token_rewards"] = {"contrastive": hat, "sft": np.full_like(hat, side == "chosen"),
+                                             "shuffled": rng.permutation(hat), "swapped": -hat}[s.token_rewards]
+    return pairs
 
 def pair_accuracy(pairs):
     """-> (share of pairs whose chosen response has the higher mean r̂, ties ½; low and high of its 95 % interval)."""
@@ -554,7 +485,6 @@ def pair_accuracy(pairs):
 
 # ------------------------------------------------------------------------------------------------------- 7 train
 METRICS = ("loss", "margin", "accuracy", "weight", "agreement", "chosen_logps", "rejected_logps")
-
 
 def losses(model, pairs, s):
     """-> (loss (B,), the METRICS of each pair (B, 7), logps (2B, T), chosen rows first) of one forward pass."""
@@ -569,7 +499,6 @@ def losses(model, pairs, s):
     metrics = loss, margin, accuracy, torch.sigmoid(-margin), agreement, *logps.sum(-1).chunk(2)  # as in METRICS
     return loss, torch.stack(metrics, 1).detach(), logps
 
-
 def schedule(step, total):
     """Share of the learning rate: 10 % linear warm-up, then half a cosine down to 0, as the paper has it."""
     warmup = max(1, round(0.1 * total))
@@ -577,17 +506,18 @@ def schedule(step, total):
         return (step + 1) / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
 
-
 def train(model, pairs, s, out=None):
     """Train model in place on annotated pairs. With a folder out: metrics.jsonl, checkpoints, and going on from one.
 
-    A step averages the loss over batch_size × accumulate pairs, however many forward passes that takes.
+    A step averages the loss over batch_size × accumulate pairs, however many forward passes that takes. -> a dict of
+    metrics for each step.
     """
     per_step = s.batch_size * s.accumulate
     per_epoch = math.ceil(len(pairs) / per_step)
     total = s.steps or s.epochs * per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0, fused=True)
-    first = resume(out, model, optimizer) if out else 0
+    history = resume(out, model, optimizer) if out else []
+    first = len(history)
     steps = bar(range(first, total), desc="train", unit=" steps", initial=first, total=total)
     with stop_requests() as asked, steps:
         for step in steps:
@@ -601,29 +531,25 @@ def train(model, pairs, s, out=None):
                 (loss.sum() / len(batch)).backward()
                 sums += metrics.sum(0)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-            row = dict(zip(METRICS, (sums / len(batch)).tolist()), grad_norm=norm, lr=s.lr * schedule(step, total))
-            if not math.isfinite(row["loss"] + norm):
-                raise UserError(f"step {step + 1}: loss {row['loss']}, gradient norm {norm}; lower --lr, or look at "
-                                + ", ".join(pair["where"] for pair in batch))
+            row = {"step": step + 1, **dict(zip(METRICS, (sums / len(batch)).tolist())), "grad_norm": norm,
+                   "lr": s.lr * schedule(step, total)}
+            need(math.isfinite(row["loss"] + norm), f"step {step + 1}: loss {row['loss']}, gradient norm {norm}; lower "
+                 "--lr, or look at " + ", ".join(pair["where"] for pair in batch))
             optimizer.param_groups[0]["lr"] = row["lr"]
             optimizer.step()
             optimizer.zero_grad()
+            history.append(row)
             steps.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['margin']:.3f}", refresh=False)
             stop = bool(asked)  # read once: a request that comes after this line waits for the next step
             if out:
                 save = stop or (step + 1) % s.save_every == 0 or step + 1 == total
-                with saving(out / "metrics.jsonl"), open(out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps({"step": step + 1, **row}) + "\n")
-                    if save:  # on the disk before the checkpoint is, lest a power cut leave a gap
-                        file.flush()
-                        os.fsync(file.fileno())
+                append(out / "metrics.jsonl", row, sync=save)  # on the disk before the checkpoint is: no gap
                 if save:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                     write(out / "checkpoint.pt", lambda path: torch.save(state, path))
             if stop:
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; go on by --resume --out {s.out}")
-    return total
-
+    return history
 
 @contextlib.contextmanager
 def stop_requests():
@@ -636,7 +562,6 @@ def stop_requests():
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
-
 @contextlib.contextmanager
 def saving(path):
     """A full disk, as files, torch and safetensors report it, is the user's to mend."""
@@ -645,6 +570,13 @@ def saving(path):
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: not saved ({one_line(error)}); make room, then --resume: nothing is lost") from None
 
+def append(path, row, sync):
+    """Add row to a .jsonl file; with sync wait until it is on the disk."""
+    with saving(path), open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 def write(path, save):
     """save(temporary path) beside path, then rename: at any instant path is whole, the old one or the new one."""
@@ -658,9 +590,8 @@ def write(path, save):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def resume(out, model, optimizer):
-    """Load out's checkpoint, if it has one, and cut later lines from metrics.jsonl. -> the number of steps done."""
+    """Load out's checkpoint, if it has one, and cut later lines from metrics.jsonl. -> the lines of the steps done."""
     path, log, step = out / "checkpoint.pt", out / "metrics.jsonl", 0
     if path.exists():
         try:
@@ -674,7 +605,7 @@ def resume(out, model, optimizer):
             raise UserError(f"{path}: damaged ({one_line(error)}); without it --resume starts anew") from None
     lines = log.read_text().splitlines(keepends=True)[:step] if log.exists() else []
     write(log, lambda path: path.write_text("".join(lines)))
-    return step
+    return [json.loads(line) for line in lines]
 
 
 # ------------------------------------------------------------------------------------------- 8 evaluate and show
@@ -686,7 +617,6 @@ def credit_auroc(scores, is_good):
         return math.nan
     return float((np.searchsorted(bad, good, "left") + np.searchsorted(bad, good, "right")).mean() / 2 / len(bad))
 
-
 def auroc(pairs, name):
     """Credit AUROC of the *_name columns, end token left out: (mean within a response, pooled over all tokens)."""
     rows = [(pair[f"{side}_{name}"][:-1], pair[f"{side}_good"])  # [:-1]: the end token is in no error span
@@ -695,7 +625,6 @@ def auroc(pairs, name):
     if not within:
         return math.nan, math.nan
     return float(np.mean(within)), credit_auroc(*(np.concatenate(column) for column in zip(*rows)))
-
 
 def judge(pairs):
     """-> errors(text, keywords) for data whose keywords stand for slots: how many of the keywords text lacks, and at
@@ -712,11 +641,11 @@ def judge(pairs):
         return max(missing, shape(text) not in shapes)
     return errors
 
-
 @torch.no_grad()
-def sample(model, tokenizer, pairs, seed, most=128):
-    """-> one response a pair, of at most `most` tokens, drawn from the model as it is (temperature 1, no top-k)."""
-    end, texts = end_token(tokenizer), []
+def sample(model, tokenizer, pairs, seed):
+    """-> one response a pair, drawn from the model as it is (temperature 1, no top-k), by at most 8 tokens longer
+    than the longest chosen one."""
+    end, texts, most = end_token(tokenizer), [], max(len(pair["chosen_ids"]) for pair in pairs) + 8
     torch.manual_seed(seed)
     for start in bar(range(0, len(pairs), 128), desc="sample", unit=" batches"):
         prompts = [torch.tensor(pair["prompt_ids"].tolist()) for pair in pairs[start:start + 128]]
@@ -730,32 +659,34 @@ def sample(model, tokenizer, pairs, seed, most=128):
         texts += [tokenizer.decode(row[:row.index(end)] if end in row else row) for row in new]
     return texts
 
-
 SAMPLES = 4  # responses drawn for each prompt that has a judge
-
 
 @torch.no_grad()
 def evaluate(model, tokenizer, pairs, s, errors=None):
-    """-> (metrics of model on annotated pairs, samples). Writes the learned credit log π − log π_ref to the pairs."""
+    """-> (metrics of model on annotated pairs, samples, the share of perfect responses or else accuracy of each pair).
+
+    Writes the learned credit log π − log π_ref to the pairs.
+    """
     if not pairs:
-        return {}, []
+        return {}, [], []
     rows = []
     for pack in packs(pairs, s.batch_size):
         _, metrics, logps = losses(model, pack, s)
         rows.append(metrics.cpu())
         set_columns(pack, "credit", logps - padded(pack, "ref_logps", logps.device))
-    means = dict(zip(METRICS, torch.cat(rows).mean(0).tolist()))
-    result = {"accuracy": means["accuracy"], "margin": means["margin"]}
+    rows = dict(zip(METRICS, torch.cat(rows).double().numpy().T))
+    result, each = {name: float(rows[name].mean()) for name in ("accuracy", "margin")}, rows["accuracy"]
     result["credit_auroc"], result["credit_auroc_pooled"] = auroc(pairs, "credit")
     result["token_reward_auroc"], result["token_reward_auroc_pooled"] = auroc(pairs, "token_rewards")
-    shown = [pair for pair in pairs for _ in range(SAMPLES)] if errors else pairs[:3]
-    texts = sample(model, tokenizer, shown, s.seed, max(len(pair["chosen_ids"]) for pair in pairs) + 8)
+    drawn = SAMPLES if errors else 1
+    shown = [pair for pair in (pairs if errors else pairs[:3]) for _ in range(drawn)]
+    texts = sample(model, tokenizer, shown, s.seed)
     if errors:
-        counts = np.array([errors(text, pair["keywords"]) for text, pair in zip(texts, shown)])
-        result["errors_per_response"], result["perfect_responses"] = float(counts.mean()), float((counts == 0).mean())
+        counts = np.array([errors(text, pair["keywords"]) for text, pair in zip(texts, shown)]).reshape(-1, drawn)
+        each = (counts == 0).mean(1)
+        result["errors_per_response"], result["perfect_responses"] = float(counts.mean()), float(each.mean())
     result = {name: None if math.isnan(value) else value for name, value in result.items()}  # JSON has no NaN
-    return result, texts[:: SAMPLES if errors else 1][:3]
-
+    return result, texts[::drawn][:3], each.tolist()
 
 def show(before, after, samples, pair, tokenizer):
     """Print the metrics and sampled responses before and after, and one pair with its tokens marked by reward."""
@@ -770,30 +701,67 @@ def show(before, after, samples, pair, tokenizer):
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print("\ntoken rewards " + ("(green good, red bad)" if colour else "([+good], [-bad]: more than 0.1 from 0)"))
     for side in SIDES:
-        marked = ""
+        marked = f"{side:10s}"
         for token, reward in zip(pair[f"{side}_ids"].tolist(), pair[f"{side}_token_rewards"].tolist()):
             token = tokenizer.decode([token]).replace("\n", "⏎")
-            if colour:
-                pale = 235 - int(min(abs(reward) / 0.4, 1) * 150)
-                red, green = (pale, 235) if reward > 0 else (235, pale)
-                token = f"\033[30;48;2;{red};{green};{pale}m{token}\033[0m"
-            elif abs(reward) > 0.1:
-                token = f"[{'+' if reward > 0 else '-'}{token}]"
-            marked += token
-        print(f"{side:10s}{marked}")
+            pale = 235 - int(min(abs(reward) / 0.4, 1) * 150)
+            red, green = (pale, 235) if reward > 0 else (235, pale)
+            marked += (f"\033[30;48;2;{red};{green};{pale}m{token}\033[0m" if colour else
+                       f"[{'+' if reward > 0 else '-'}{token}]" if abs(reward) > 0.1 else token)
+        print(marked)
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>T-REG</title>
+<style>:root {{ color-scheme: light dark }} body {{ font: 16px/1.6 sans-serif; max-width: 62em; margin: 2em auto;
+padding: 0 1em }}
+pre {{ overflow-x: auto }} svg {{ margin: 0 1em 1em 0 }} text {{ fill: currentColor; font-size: 12px }}
+polyline {{ fill: none; stroke-width: 1.5 }} .bad {{ text-decoration: underline wavy }} th {{ text-align: left;
+font-weight: normal; white-space: nowrap; vertical-align: top; padding-right: 1em }} td span {{ white-space: pre-wrap }}
+</style><h1>T-REG</h1>{}</html>"""
+
+def report(path, curves, table, pairs, tokenizer, layers):
+    """Write one self-contained page: learning curves {name: history}, the table, and the tokens of both responses of
+    pairs, coloured by each of layers {label: column}, labelled errors underlined, values on hover."""
+    parts, escape = [f"<pre>{html.escape(table)}</pre>"] if table else [], html.escape
+    hues = {name: f"hsl({int(360 * i / len(curves))} 65% 50%)" for i, name in enumerate(curves)}
+    parts += [f'<p>{" ".join(f"<b style=color:{hue!r}>{escape(name)}</b>" for name, hue in hues.items())}</p>']
+    for metric in ("loss", "margin", "accuracy", "chosen_logps") if any(curves.values()) else ():
+        values = [row[metric] for history in curves.values() for row in history]
+        low, span = min(values), max(values) - min(values) or 1.0
+        lines = ""
+        for name, history in curves.items():
+            points = " ".join(f"{280 * i / max(1, len(history) - 1):.1f},{120 - 110 * (row[metric] - low) / span:.1f}"
+                              for i, row in enumerate(history))
+            lines += f'<polyline style="stroke:{hues[name]}" points="{points}"/>'
+        parts.append(f'<svg width="290" height="140">{lines}<text y="136">{metric}, {low:.3g} to {low + span:.3g}, '
+                     f'{max(map(len, curves.values()))} steps</text></svg>')
+    for label, column in layers.items():
+        scale = max(np.abs(pair[f"{side}_{column}"]).max() for pair in pairs for side in SIDES) if pairs else 1
+        layers[label] = column, max(float(scale), 1e-9)
+    for pair in pairs:
+        parts.append(f"<h3>{escape(as_messages(pair['prompt'])[-1]['content'])}</h3><table>")
+        for side in SIDES:
+            good = [*pair.get(f"{side}_good", []), *[True] * len(pair[f"{side}_ids"])]
+            for label, (column, scale) in layers.items():
+                spans = ""
+                for token, value, fine in zip(pair[f"{side}_ids"].tolist(), pair[f"{side}_{column}"].tolist(), good):
+                    hue, strength = (140, value / scale) if value > 0 else (0, -value / scale)
+                    style = f"background:hsl({hue} 80% 45% / {0.8 * strength:.2f})"
+                    spans += (f'<span title="{value:+.3f}" style="{style}"{"" if fine else " class=bad"}>'
+                              f"{escape(tokenizer.decode([token]))}</span>")
+                parts.append(f"<tr><th>{side}: {escape(label)}<td>{spans}")
+        parts.append("</table>")
+    write(path, lambda path: path.write_text(PAGE.format("\n".join(parts)), "utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------- 9 the tiny model
-WARM_STEPS, WARM_ROWS, WARM_LR = 2000, 8, 3e-3
+WARM_ROWS, WARM_LR = 8, 3e-3
 
-
-def make_tiny(pairs, seed):
+def make_tiny(pairs, seed, steps=2000):
     """-> (model, tokenizer): a small GPT-2 with random weights, warmed up on these pairs alone.
 
     A stand-in for a pre-trained model that follows instructions: it learns to answer a prompt with something like
     either response, a better prompt with something like the chosen, a worse one with something like the rejected.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     texts = (text for pair in pairs for style in PROMPTS for side in SIDES
@@ -808,34 +776,42 @@ def make_tiny(pairs, seed):
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         n_layer=2, n_embd=64, n_head=2, n_positions=256, vocab_size=len(tokenizer), initializer_range=0.1,
         bos_token_id=0, eos_token_id=0, pad_token_id=0)).eval()
-    model.shares_prompts = True
-    rows = []
+    model.shares_prompts, rows = True, []
     for style in PROMPTS:
-        for i, pair in enumerate(encode(tokenizer, pairs, 256, style)[0]):
-            better, worse = (f"{SIDES[i % 2]}_{kind}" for kind in ("better", "worse"))  # a revision shows either side
-            for prompt, side in zip(("prompt", "prompt", better, worse), SIDES * 2):
+        for pair in encode(tokenizer, pairs, 256, style)[0]:
+            # a revision improves on the rejected response or spoils the chosen one: it never repeats what it is shown
+            for prompt, side in zip(("prompt", "prompt", "rejected_better", "chosen_worse"), SIDES * 2):
                 rows.append((pair[f"{prompt}_ids"].tolist(), pair[f"{side}_ids"].tolist()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_LR, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    for step in bar(range(WARM_STEPS), desc="warm up", unit=" steps"):
+    for step in bar(range(steps), desc="warm up", unit=" steps"):
         some = torch.randint(len(rows), (WARM_ROWS,), generator=generator)
         logps, mask = response_logps(model, *zip(*[rows[i] for i in some]))
         (-logps.sum() / mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = WARM_LR * schedule(step, WARM_STEPS)
+        optimizer.param_groups[0]["lr"] = WARM_LR * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
     return model, tokenizer
 
 
 # ------------------------------------------------------------------------------------------------ 10 command line
-BETA, GAMMA = {"dpo": 0.1, "simpo": 2.5}, {"dpo": 0.0, "simpo": 1.0}  # DPO's own; the middle of SimPO's range
-
+DEFAULTS = {"dpo": {"beta": 0.1, "gamma": 0.0}, "simpo": {"beta": 2.5, "gamma": 1.0}}
+TINY = {"dpo": {"lr": 2e-4}, "simpo": {"lr": 2e-4}}  # tuned at α = 0 on the validation split, by --lrs and --betas
 
 def default_lr(parameters):
     """5e-7, published for 8e9 parameters, grows as the size falls, by its square root: 4e-6 at 135e6, 1e-4 at 2e5."""
     return float(f"{5e-7 * math.sqrt(8e9 / parameters):.1e}")
 
+def settle(s, model, **changes):
+    """-> a copy of the settings with these changes, and with the learning rate, β and γ that were not given."""
+    new = argparse.Namespace(**{**vars(s), **changes})
+    if new.algorithm != s.algorithm:  # what was given or settled is on the other algorithm's scale
+        vars(new).update({"lr": None, "beta": None, "gamma": None, **changes})
+    defaults = {"lr": default_lr(model.num_parameters()), **DEFAULTS[new.algorithm],
+                **({} if s.model else TINY[new.algorithm])}
+    vars(new).update({name: value for name, value in defaults.items() if getattr(new, name) is None})
+    return new
 
 def number(kind, low, high=10**12):
     """An argparse type: an int or float from low to high."""
@@ -847,30 +823,33 @@ def number(kind, low, high=10**12):
         raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to {high}")
     return parse
 
-
 def parse(argv):
     parser = argparse.ArgumentParser(prog="treg.py", description="Preference optimisation with token-level reward "
         "regularisation. Without arguments: make a tiny model, train it, show what changed. Defaults are in [].")
     data, whole = str(Path(__file__).with_name("tiny_data.jsonl")), number(int, 1)
     share, positive = number(float, 0), number(float, 1e-12)
+    held = lambda text: (number(float, 0, 0.99) if "." in text else number(int, 0))(text)  # noqa: E731
+    rewards = ("contrastive", "sft", "dpo", "shuffled", "swapped")
     add = parser.add_argument_group("what is trained").add_argument
     add("--model", help="folder or hub name of a causal language model [the tiny model]")
+    add("--warm-steps", type=whole, default=2000, help="warm-up of the tiny model [%(default)s]")
     add("--data", default=data, help=".json, .jsonl, .csv or .parquet file, or hub data set [tiny_data.jsonl]")
     add("--max-pairs", type=whole, help="train on at most this many pairs")
-    add("--holdout", type=lambda text: (number(float, 0, 0.99) if "." in text else number(int, 0))(text), default=0.1,
-        help="number or share of pairs kept for evaluation if the data has no test split [%(default)s]")
-    add("--max-length", type=number(int, 8), default=1024,
-        help="most tokens of prompt and response: prompts are cut on the left, else pairs dropped [%(default)s]")
+    add("--on-policy", type=number(int, 2), metavar="K", help="train on the best and the worst, by the judge, of K "
+        "responses that the untrained model samples to each prompt; for data with keywords")
+    add("--split", default="test", help="split of the data to evaluate on [%(default)s]")
+    add("--holdout", type=held, default=0.1, help="number or share of pairs to evaluate on without it [%(default)s]")
+    add("--max-length", type=number(int, 8), default=1024, help="longer pairs are dropped; in tokens [%(default)s]")
     add = parser.add_argument_group("the loss").add_argument
-    add("--algorithm", choices=("dpo", "simpo"), default="dpo", help="the preference loss [%(default)s]")
+    add("--algorithm", choices=tuple(DEFAULTS), default="dpo", help="the preference loss [%(default)s]")
     add("--alpha", type=share, default=0.25, help="strength of the regulariser; 0: plain DPO or SimPO [%(default)s]")
-    add("--beta", type=positive, help=f"reward scale [{BETA}]")
-    add("--gamma", type=share, help=f"target margin [{GAMMA}]")
-    add("--weighting", choices=("sequence", "static"), default="sequence",
-        help="the regulariser's weight: as in the preference loss's gradient, or constant 1/2 [%(default)s]")
+    add("--beta", type=positive, help="reward scale [dpo 0.1, simpo 2.5]")
+    add("--gamma", type=share, help="target margin [dpo 0, simpo 1]")
+    add("--weighting", choices=("sequence", "static"), default="sequence", help="the regulariser's weight: that of the "
+        "preference loss's own gradient, or constant 1/2 [%(default)s]")
     add = parser.add_argument_group("the token rewards").add_argument
-    add("--token-rewards", choices=("contrastive", "sft", "dpo"), default="contrastive",
-        help="by contrastive prompts; 1 on chosen, 0 on rejected; or by a model first trained with DPO [%(default)s]")
+    add("--token-rewards", choices=rewards, default="contrastive", help="by contrastive prompts; 1 on chosen, 0 on "
+        "rejected; by a model trained with DPO; or as controls shuffled in a response, prompts swapped [%(default)s]")
     add("--prompts", default="auto", help="answer, revise, your .json file, or auto: the better of the two [auto]")
     add("--check-prompts", action="store_true", help="only measure how well the prompts tell chosen from rejected")
     add("--reward-model", help="model with the same tokenizer that writes the token rewards [--model, untrained]")
@@ -882,6 +861,12 @@ def parse(argv):
     add("--accumulate", type=whole, default=1, help="batches in an optimiser step [%(default)s]")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of all random numbers [%(default)s]")
+    add = parser.add_argument_group("the comparison").add_argument
+    add("--compare", action="store_true", help="train the paper's table and two controls from one reference, print it")
+    add("--seeds", type=whole, default=5, help="runs of each row, from --seed on [%(default)s]")
+    add("--alphas", type=share, nargs="+", default=[], help="also a row for each of these")
+    add("--lrs", type=positive, nargs="+", default=[], help="instead, the plain loss at each of these learning rates")
+    add("--betas", type=positive, nargs="+", default=[], help="and at each of these reward scales")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", help="cpu or cuda [cuda if there is one]")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of matrix products; other work fp32 [%(default)s]")
@@ -896,134 +881,156 @@ def parse(argv):
     for name, value in vars(s).items():
         if value == "":  # an unset variable of the shell's
             parser.error(f"argument --{name.replace('_', '-')}: is empty")
-    s.beta, s.gamma = s.beta or BETA[s.algorithm], GAMMA[s.algorithm] if s.gamma is None else s.gamma
     s.epochs = s.epochs or (1 if s.model else 3)
     return s
-
-
-def choose_device(name):
-    count = torch.cuda.device_count()
-    here = ["cuda"] * bool(count) + [f"cuda:{i}" for i in range(count)] + ["cpu"]
-    if name and name not in here:
-        raise UserError(f"--device {name}: not on this machine; use {' or '.join(here)}")
-    return torch.device(name or here[0])
-
 
 def read_prompts(name):
     """--prompts -> "auto", a name in PROMPTS, or the templates of a .json file."""
     if name == "auto" or name in PROMPTS:
         return name
-    if not Path(name).is_file():
-        raise UserError(f"--prompts {name}: no such file; use auto, {', '.join(PROMPTS)} or a .json file")
-    style = parse_json(Path(name).read_bytes(), name)
-    if not isinstance(style, dict) or style.get("better") == style.get("worse"):
-        raise UserError(f'--prompts {name}: must be an object with two different texts, "better" and "worse"')
-    for side in ("better", "worse"):
-        fields = set(re.findall(r"\{(\w*)\}", read_text(style.get(side), side, f"--prompts {name}")))
-        if not {"prompt"} <= fields <= {"prompt", "response"}:
-            raise UserError(f"--prompts {name}: {side} needs {{prompt}}, may have {{response}}, and no other field")
-    return {side: style[side] for side in ("better", "worse")}
-
+    try:
+        style = json.loads(Path(name).read_bytes())
+        style = {side: read_text(style[side], side, f"--prompts {name}") for side in ("better", "worse")}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--prompts {name}: must be auto, {', '.join(PROMPTS)}, or a .json file with the texts "
+                        f'"better" and "worse" ({one_line(error)})') from None
+    for side in style:
+        need({"prompt"} <= {*re.findall(r"\{(\w*)\}", style[side])} <= {"prompt", "response"},
+             f"--prompts {name}: {side} needs {{prompt}}, may have {{response}}, and no other field")
+    need(style["better"] != style["worse"], f"--prompts {name}: better and worse must be different")
+    return style
 
 def load_model(name, flag, device, checkpointing=False):
     """-> (model with float32 weights and no dropout, tokenizer with a chat template), from a folder or the hub."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # unset, it would ask
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(  # float32: see plain_logps
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(  # float32: see plain_logps
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
-        if report["missing_keys"]:  # transformers would fill them with random numbers
-            raise ValueError(f"weights missing: {', '.join(sorted(report['missing_keys']))}")
-        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-            raise ValueError("no tokenizer")
-        if end_token(tokenizer) is None:
-            raise ValueError("no end token: set the tokenizer's eos_token")
+        missing = ", ".join(sorted(loaded["missing_keys"]))  # transformers would fill them with random numbers
+        need(not missing, f"weights missing: {missing}")
+        need(tokenizer("a", add_special_tokens=False)["input_ids"], "no tokenizer")
+        need(end_token(tokenizer) is not None, "no end token: set the tokenizer's eos_token")
+        rows = model.get_input_embeddings().weight.shape[0]
+        need(len(tokenizer) <= rows, f"its tokenizer has {len(tokenizer)} tokens, its model {rows}")
         model.to(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise UserError(f"{flag} {name}: cannot be loaded ({one_line(error)}); name a folder that save_pretrained "
                         "wrote, model and tokenizer, or a hub name where the hub can be reached") from None
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > embeddings:
-        raise UserError(f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, its model {embeddings}; mend it")
     if checkpointing:  # not by transformers' switch, which wants training mode: dropout, and samples without a cache
         for module in model.modules():
             if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
                 module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
     return model, tokenizer
 
-
 def load_data(s):
-    """-> {"train": pairs, "test": pairs for evaluation}: the test split if there is one, else --holdout of all."""
-    pairs, test = load_pairs(s.data), load_pairs(s.data, "test")
+    """-> {"train": pairs, s.split: pairs for evaluation}: that split if the data has it, else --holdout of all."""
+    pairs, test = load_pairs(s.data), load_pairs(s.data, s.split)
     if not test:
         count = int(s.holdout * len(pairs)) if isinstance(s.holdout, float) else s.holdout
-        order = np.random.default_rng(s.seed).permutation(len(pairs))
+        order = np.random.default_rng(0).permutation(len(pairs))  # not of the seed: seeds share their test
         test, pairs = ([pairs[i] for i in sorted(part)] for part in (order[:count], order[count:]))
-    if not pairs:
-        raise UserError(f"{s.data}: --holdout {s.holdout} and other splits leave no pair to train on")
-    return {"train": pairs[:s.max_pairs], "test": test}
+    need(pairs, f"{s.data}: --holdout {s.holdout} and other splits leave no pair to train on")
+    return {"train": pairs[:s.max_pairs], s.split: test}
 
+def load_models(s, device):
+    """-> (policy, tokenizer, reward model or None); completes the settings that depend on the policy."""
+    for flag, name in ("--model", s.model), ("--reward-model", s.reward_model):
+        need(not name or not Path(name).exists() and name[0] not in "./~" or Path(name, "config.json").is_file(),
+             f"{flag} {name}: is no model folder; it must be there and hold a config.json")
+    if s.model:
+        model, tokenizer = load_model(s.model, "--model", device, s.gradient_checkpointing)
+    else:
+        warm = load_pairs(s.data, "warmup")
+        need(warm, f"--data {s.data}: has no warmup split to make the tiny model from; name a --model")
+        model, tokenizer = make_tiny(warm, s.seed, s.warm_steps)
+        model.to(device)
+    size, scorer = model.num_parameters(), None
+    vars(s).update(vars(settle(s, model)))
+    print(f"model: {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, learning rate {s.lr}, on {device}")
+    if s.lr > 1e-5 and size > 1e8:
+        print(f"warning: --lr {s.lr} is one for adapters; to train all of this model, try {default_lr(size)}")
+    if s.reward_model:
+        scorer, other = load_model(s.reward_model, "--reward-model", device)
+        need(other.get_vocab() == tokenizer.get_vocab(),
+             f"--reward-model {s.reward_model}: has another tokenizer than --model; name another")
+    for each in (model, scorer or model):
+        config = each.config.get_text_config()
+        s.max_length = min(s.max_length, getattr(config, "max_position_embeddings", s.max_length))
+    return model, tokenizer, scorer
 
 def choose_prompts(model, tokenizer, pairs, s, style, scorer):
     """Measure a style, for "auto" each of PROMPTS, on up to 200 pairs, and print how they do. -> the best style."""
     results = []
     styles = {name: name for name in PROMPTS} if style == "auto" else {s.prompts: style}
     for name, style in styles.items():
-        some, report = encode(tokenizer, pairs[:200], s.max_length, style)
+        some, dropped = encode(tokenizer, pairs[:200], s.max_length, style)
         if not some:
-            raise UserError(f"{s.data}: none of the first 200 pairs is left with the prompts {name} ({report})")
+            print(f"prompts {name}: no pair is left ({dropped})")
+            continue
         share, low, high = pair_accuracy(annotate(model, tokenizer, some, style, scorer, s.batch_size))
         print(f"prompts {name}: pair accuracy {share:.3f} (95 % interval {low:.3f} to {high:.3f}, {len(some)} pairs)")
         results.append((share, low, name, style))
+    need(results, f"{s.data}: no pair is left to train on ({dropped})")
     share, low, name, style = max(results, key=lambda result: result[0])
     if low <= 0.5:
         print(f"warning: by the prompts {name} this model tells chosen from rejected no better than chance, and the "
               "regulariser would push at random; write prompts of your own (--prompts FILE.json) or use --alpha 0")
     return style
 
+def pick(texts, keywords, errors):
+    """-> (best, worst) of the texts by the judge, the first of equals; None if all are equally good."""
+    texts = sorted(texts, key=lambda text: errors(text, keywords))
+    return (texts[0], texts[-1]) if errors(texts[0], keywords) < errors(texts[-1], keywords) else None
 
-def digest(named):
-    """sha256 of (name, array or tensor) pairs: the same for the same data, weights or annotation."""
-    total = hashlib.sha256()
-    for name, value in named:
-        value = value.cpu().numpy() if torch.is_tensor(value) else value
-        total.update(f"{name} {value.dtype} {value.shape}".encode())
-        total.update(np.ascontiguousarray(value))
-    return total.hexdigest()
+def on_policy(model, tokenizer, pairs, s, errors):
+    """The paper's data: -> for each prompt the best and the worst of K responses sampled from the untrained model."""
+    pairs, _ = encode(tokenizer, pairs, s.max_length)
+    texts = sample(model, tokenizer, [pair for pair in pairs for _ in range(s.on_policy)], s.seed)
+    picked = [pick(texts[i * s.on_policy:][:s.on_policy], pair["keywords"], errors) for i, pair in enumerate(pairs)]
+    fresh = [{name: pair[name] for name in ("prompt", "keywords", "where")} | dict(zip(SIDES, pick))
+             for pair, pick in zip(pairs, picked) if pick]
+    print(f"on-policy: {len(fresh)} pairs; dropped: {len(pairs) - len(fresh)} prompts with responses equally good")
+    return fresh
 
+def checksum(arrays):
+    """CRC-32 of arrays: are data and weights still those of the run that is to go on?"""
+    return functools.reduce(lambda total, array: zlib.crc32(np.ascontiguousarray(array), total), arrays, 0)
 
-ANNOTATION = [f"{side}_{name}" for side in SIDES for name in ("ref_logps", "token_rewards")]
-
-
-def kept_annotation(path, key, pairs, make):
-    """make()'s annotated pairs, kept in path: read from there if it is whole and has this key, else made again."""
-    ends = [np.cumsum([len(pair[f"{side}_ids"]) for pair in pairs])[:-1] for side in SIDES for _ in range(2)]
-    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
-        flat = {name: file.get_tensor(name) for name in file.keys()}
-        if file.metadata() == {"key": key, "digest": digest(flat.items())}:
-            split = (np.split(flat[name], at) for name, at in zip(ANNOTATION, ends))
-            return [{**pair, **dict(zip(ANNOTATION, values))} for pair, *values in zip(pairs, *split)]
-    pairs = make()
-    flat = {name: np.concatenate([pair[name] for pair in pairs]) for name in ANNOTATION}
-    write(path, lambda path: save_file(flat, path, {"key": key, "digest": digest(flat.items())}))
-    return pairs
-
+def keep_annotation(path, pairs, make):
+    """-> make()'s annotated pairs, kept in path for a resumed run, whose settings are the same or it is refused."""
+    names = [f"{side}_{name}" for side in SIDES for name in ("ref_logps", "token_rewards")]
+    if not path.exists():
+        done = make()
+        flat = {name: torch.from_numpy(np.concatenate([pair[name] for pair in done])) for name in names}
+        state = {"columns": flat, "checksum": checksum(map(torch.Tensor.numpy, flat.values()))}
+        write(path, lambda path: torch.save(state, path))
+        return done
+    try:
+        state = torch.load(path, weights_only=True)
+        flat = state["columns"]
+        need(state["checksum"] == checksum(map(torch.Tensor.numpy, flat.values())), "its checksum differs")
+        lengths = {name: [len(pair[f"{name.split('_')[0]}_ids"]) for pair in pairs] for name in names}
+        rows = zip(*(flat[name].split(lengths[name]) for name in names))
+        return [{**pair, **{name: value.numpy() for name, value in zip(names, row)}} for pair, row in zip(pairs, rows)]
+    except Exception as error:
+        raise UserError(f"{path}: damaged ({one_line(error)}); without it --resume makes it again") from None
 
 def save_settings(out, settings):
     """Keep the settings of a new run; refuse to resume a run that had others, naming what differs."""
     path = out / "settings.json"
     if path.exists():
-        saved = parse_json(path.read_bytes(), path)
-        if not isinstance(saved, dict):
-            raise UserError(f"{path}: is damaged; name another --out")
+        try:
+            saved = json.loads(path.read_bytes())
+            saved["seed"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: is damaged; name another --out") from None
         changed = [f"{name} was {saved.get(name)} and is {value}" for name, value in settings.items()
                    if saved.get(name) != value and name not in ("out", "resume", "save_every")]
-        if changed:
-            raise UserError(f"--resume: the run in {out} is another one: {'; '.join(changed)}")
+        need(not changed, f"--resume: the run in {out} is another one: {'; '.join(changed)}")
     out.mkdir(parents=True, exist_ok=True)
     write(path, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
-
 
 @contextlib.contextmanager
 def measure(name, device, summary):
@@ -1040,59 +1047,17 @@ def measure(name, device, summary):
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     summary |= {f"{name}_seconds": seconds, f"{name}_cpu_seconds": cpu_seconds, f"{name}_tokens": int(tokens),
                 f"{name}_peak_memory_bytes": memory, "peak_memory_bytes": memory}
-    print(f"{name}: {seconds:.1f} s, {int(tokens):,} tokens, peak memory {memory / 2**30:.2f} GiB")
 
-
-def variant_rewards(model, pairs, train_pairs, s):
-    """Overwrite the token rewards of pairs by those of the paper's variants, "sft" and "dpo"."""
-    if s.token_rewards == "sft":
-        for pair in pairs:
-            pair["chosen_token_rewards"] = np.ones_like(pair["chosen_ref_logps"])
-            pair["rejected_token_rewards"] = np.zeros_like(pair["rejected_ref_logps"])
-        return
-    start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-    plain = {"algorithm": "dpo", "alpha": 0.0, "beta": BETA["dpo"], "gamma": 0.0}
-    train(model, train_pairs, argparse.Namespace(**{**vars(s), **plain}))
-    with torch.no_grad():
-        for pack in packs(pairs, s.batch_size):
-            logps, mask = plain_logps(model, pack, s.dtype)
-            set_columns(pack, "token_rewards", token_rewards(logps, padded(pack, "ref_logps", logps.device), mask))
-    model.load_state_dict(start)
-
-
-def load_models(s, device):
-    """-> (policy, tokenizer, reward model or None); completes the settings that depend on the policy."""
-    if s.model:
-        model, tokenizer = load_model(s.model, "--model", device, s.gradient_checkpointing)
-    else:
-        warm = load_pairs(s.data, "warmup")
-        if not warm:
-            raise UserError(f"--data {s.data}: has no warmup split to make the tiny model from; name a --model")
-        model, tokenizer = make_tiny(warm, s.seed)
-        model.to(device)
-    size, scorer = sum(parameter.numel() for parameter in model.parameters()), None
-    s.lr = s.lr or default_lr(size)
-    print(f"model: {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, learning rate {s.lr}, on {device}")
-    if s.lr > 1e-5 and size > 1e8:
-        print(f"warning: --lr {s.lr} is one for adapters; to train all of this model, try {default_lr(size)}")
-    if s.reward_model:
-        scorer, other = load_model(s.reward_model, "--reward-model", device)
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"--reward-model {s.reward_model}: has another tokenizer than --model; name another")
-    for each in (model, scorer or model):
-        config = each.config.get_text_config()
-        s.max_length = min(s.max_length, getattr(config, "max_position_embeddings", s.max_length))
-    return model, tokenizer, scorer
-
-
-def prepare(s, out, device, style, summary):
-    """-> (model, tokenizer, annotated training pairs, annotated test pairs), or None after --check-prompts."""
-    for flag, name in (("--model", s.model), ("--reward-model", s.reward_model)):
-        if name and (Path(name).exists() or name[0] in "./~") and not Path(name, "config.json").is_file():
-            raise UserError(f"{flag} {name}: is no model folder; it must be there and hold a config.json")
+def prepare(s, device, style, summary, out=None):
+    """-> (model, tokenizer, judge or None, annotated pairs for training, the same for evaluation). With a folder out
+    settings and annotation are kept there. None after --check-prompts."""
     texts = load_data(s)
     model, tokenizer, scorer = load_models(s, device)
-    if not s.alpha or s.token_rewards != "contrastive":
+    errors = judge(sum(texts.values(), [])) if all("keywords" in p for pairs in texts.values() for p in pairs) else None
+    if s.on_policy:
+        need(errors, f"--on-policy: {s.data} has no keywords for a judge to pick by")
+        texts["train"] = on_policy(model, tokenizer, texts["train"], s, errors)
+    if not s.compare and (not s.alpha or s.token_rewards in ("sft", "dpo")):
         style = None
     elif style == "auto" or s.check_prompts:
         style = choose_prompts(model, tokenizer, texts["train"], s, style, scorer)
@@ -1100,74 +1065,162 @@ def prepare(s, out, device, style, summary):
         return None
     data = {}
     for split, pairs in texts.items():
-        data[split], report = encode(tokenizer, pairs, s.max_length, style)
-        print(f"{split}: {len(data[split])} pairs" + f" ({report})" * bool(report))
-    pairs, count = data["train"] + data["test"], len(data["train"])
-    if not count:
-        raise UserError(f"{s.data}: no pair is left to train on; the counts above say why")
-    error, seconds = check_longest(model, pairs)
+        data[split], dropped = encode(tokenizer, pairs, s.max_length, style)
+        need(data[split] or split != "train", f"{s.data}: no pair is left to train on ({dropped})")
+        print(f"{split}: {len(data[split])} pairs" + f" ({dropped})" * bool(dropped))
+    pairs, count = data["train"] + data[s.split], len(data["train"])
+    error, seconds = share_prompts(model, pairs)
     if scorer:
-        check_longest(scorer, pairs)
+        share_prompts(scorer, pairs)
     if not model.shares_prompts:
         print(f"note: sharing prompts changes log-probs by {error:.1g}, so every response is computed alone")
     epochs = s.steps * s.batch_size * s.accumulate / count if s.steps else s.epochs
     every = sum(pair[name].size for pair in pairs for name in pair if name.endswith("_ids"))
     plain = sum(pair[name].size for pair in data["train"] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     print(f"time: about {seconds * (every + 3 * epochs * plain) / 60:.1f} minutes")  # 3: forward, and twice backward
-    weights, reward_weights = (each and digest(each.state_dict().items()) for each in (model, scorer))
-    ids = digest((name, pair[name]) for pair in pairs for name in sorted(pair) if name.endswith("_ids"))
-    save_settings(out, {**vars(s), "style": style, "weights": weights, "reward_weights": reward_weights, "pairs": ids,
-                        "torch": torch.__version__, "transformers": transformers.__version__})
 
     def make():
         done = annotate(model, tokenizer, pairs, style, scorer, s.batch_size, s.max_length, s.dtype)
-        if s.alpha and s.token_rewards != "contrastive":
-            variant_rewards(model, done, done[:count], s)
-        return done
+        return done if s.compare or not s.alpha else replace_rewards(model, done, count, s)
 
-    with measure("annotate", device, summary):  # all other settings are the same in a resumed run, or it is refused
-        key = f"{weights} {reward_weights} {ids}"
-        done = kept_annotation(out / "annotation.safetensors", key, pairs, make)
+    with measure("annotate", device, summary):
+        if out:
+            state = {"torch": torch.__version__, "transformers": transformers.__version__, "style": style, "pairs":
+                     checksum(pair[name] for pair in pairs for name in sorted(pair) if name.endswith("_ids"))}
+            for name, each in ("weights", model), ("reward_weights", scorer):
+                state[name] = checksum(value.cpu().numpy() for value in each.state_dict().values()) if each else None
+            save_settings(out, {**vars(s), **state})
+        pairs = keep_annotation(out / "annotation.pt", pairs, make) if out else make()
     if style:
-        share, low, high = pair_accuracy(done[:count])
+        share, low, high = pair_accuracy(pairs[:count])
         print(f"token rewards: pair accuracy {share:.3f} (95 % interval {low:.3f} to {high:.3f})")
-    return model, tokenizer, done[:count], done[count:]
+    return model, tokenizer, errors, pairs[:count], pairs[count:]
 
+# the paper's table and two controls: name -> (its base, what it changes in the settings)
+ROWS = {
+    "DPO": ("DPO", {"algorithm": "dpo", "alpha": 0.0}),
+    "DPO-REG": ("DPO", {"algorithm": "dpo"}),
+    "DPO-SFT": ("DPO", {"algorithm": "dpo", "token_rewards": "sft"}),
+    "static weighting": ("DPO", {"algorithm": "dpo", "weighting": "static"}),
+    "DPO reward": ("DPO", {"algorithm": "dpo", "token_rewards": "dpo"}),
+    "shuffled": ("DPO", {"algorithm": "dpo", "token_rewards": "shuffled"}),
+    "swapped": ("DPO", {"algorithm": "dpo", "token_rewards": "swapped"}),
+    "SimPO": ("SimPO", {"algorithm": "simpo", "alpha": 0.0}),
+    "SimPO-REG": ("SimPO", {"algorithm": "simpo"}),
+}
+
+def compare(s, out, device, style):
+    """Train every row from the same reference on the same pairs in the same order, for each seed; print the table."""
+    rows, path, curves, shown = dict(ROWS), out / "compare.jsonl", {}, {}
+    base = "DPO" if s.algorithm == "dpo" else "SimPO"
+    rows |= {f"{base}-REG, alpha {alpha}": (base, {"algorithm": s.algorithm, "alpha": alpha}) for alpha in s.alphas}
+    if s.lrs or s.betas:
+        plain = {"algorithm": s.algorithm, "alpha": 0.0}
+        rows = {f"{base}, lr {lr or 'default'}, beta {beta or 'default'}": (base, {**plain, "lr": lr, "beta": beta})
+                for lr in s.lrs or [s.lr] for beta in s.betas or [s.beta]}
+    save_settings(out, vars(s))
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(line["row"], line["seed"]) for line in lines}
+    with bar(total=len(rows) * s.seeds, initial=len(done), desc="compare", unit=" rows") as progress:
+        for seed in range(s.seed, s.seed + s.seeds):
+            if all((name, seed) in done for name in rows):
+                continue
+            one = argparse.Namespace(**{**vars(s), "seed": seed})
+            model, tokenizer, errors, pairs, test = prepare(one, device, style, {})
+            start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+            for name, (base, changes) in rows.items():
+                if (name, seed) in done:
+                    continue
+                variant, summary = settle(s, model, seed=seed, max_length=one.max_length, **changes), {}
+                with measure("train", device, summary):
+                    variant_pairs = replace_rewards(model, pairs + test, len(pairs), variant)
+                    curves[name] = train(model, variant_pairs[:len(pairs)], variant)
+                shown[name] = variant_pairs[len(pairs):]
+                result, _, each = evaluate(model, tokenizer, shown[name], variant, errors)
+                lines.append({"row": name, "seed": seed, "base": base, **result, **summary, "each": each})
+                append(path, lines[-1], sync=True)
+                model.load_state_dict(start)
+                progress.update()
+    text = table(lines)
+    print("\n" + text)
+    plain = shown.get("DPO", [])[:5]
+    pairs = [{**pair, **{f"{side}_plain": other[f"{side}_credit"] for side in SIDES}}
+             for pair, other in zip(shown.get("DPO-REG", []), plain)]
+    layers = {"token reward": "token_rewards", "learned, DPO-REG": "credit", "learned, DPO": "plain"}
+    report(out / "report.html", curves, text, pairs, tokenizer if shown else None, layers)
+    print(f"\n{out}: compare.jsonl and report.html")
+
+def bootstrap(differences, draws=4000):
+    """(seeds, prompts) -> (mean, low and high of its 95 % interval), seeds and prompts both drawn with replacement."""
+    rng, (seeds, prompts) = np.random.default_rng(0), differences.shape
+    means = [differences[rng.integers(seeds, size=seeds)][:, rng.integers(prompts, size=prompts)].mean()
+             for _ in range(draws)]
+    return differences.mean(), *np.quantile(means, [0.025, 0.975])
+
+def table(lines):
+    """The lines of compare.jsonl -> text: mean ± standard error over seeds, and the paired difference to the base."""
+    columns = {"perfect_responses": "perfect", "errors_per_response": "errors", "accuracy": "accuracy",
+               "credit_auroc": "credit AUROC", "credit_auroc_pooled": "pooled"}
+    names = [name for name in columns if lines[0].get(name) is not None]
+    rows, cells = {}, [["", *(columns[name] for name in names), f"{columns[names[0]]} − base (95 %)", "ahead"]]
+    for line in sorted(lines, key=lambda line: line["seed"]):
+        rows.setdefault(line["row"], []).append(line)
+    for row, of in rows.items():
+        cells.append([row])
+        for name in names:
+            values = np.array([line[name] for line in of])
+            error = values.std(ddof=1) / math.sqrt(len(of)) if len(of) > 1 else math.nan
+            cells[-1].append(f"{values.mean():.3f} ± {error:.3f}")
+        base = rows.get(of[0]["base"], of)
+        if base is not of and len(base) == len(of):
+            differences = np.array([line["each"] for line in of]) - np.array([line["each"] for line in base])
+            mean, low, high = bootstrap(differences)
+            cells[-1] += [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})", f"{(differences.mean(1) > 0).sum()} of {len(of)}"]
+    widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
 
 def run(s):
     """One command line, from the files to the trained model."""
     transformers.logging.set_verbosity_error()
-    device, style = choose_device(s.device), read_prompts(s.prompts)
+    count = torch.cuda.device_count()
+    devices = ["cuda"] * bool(count) + [f"cuda:{i}" for i in range(count)] + ["cpu"]
+    need(not s.device or s.device in devices, f"--device {s.device}: not on this machine; use {' or '.join(devices)}")
+    device, style, summary = torch.device(s.device or devices[0]), read_prompts(s.prompts), {}
     s.out = s.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S")
-    out, summary = Path(s.out), {}
-    if not next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir():
-        raise UserError(f"--out {out}: is a file, or in one; name a new folder")
+    out = Path(s.out)
+    need(next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir(),
+         f"--out {out}: is a file, or in one; name a new folder")
     if s.resume and (out / "summary.json").exists():
         return print(f"{out}: this run is finished; its results are in summary.json")
-    if out.exists() and any(out.iterdir()) and not (s.resume and (out / "settings.json").exists()):
-        raise UserError(f"--out {out}: is not empty; name a new folder, or one that holds a run and --resume")
-    prepared = prepare(s, out, device, style, summary)
+    need(not out.exists() or not any(out.iterdir()) or s.resume and (out / "settings.json").exists(),
+         f"--out {out}: is not empty; name a new folder, or one that holds a run and --resume")
+    if s.compare:
+        return compare(s, out, device, style)
+    prepared = prepare(s, device, style, summary, None if s.check_prompts else out)
     if prepared is None:
         return
-    model, tokenizer, pairs, test = prepared
-    errors = judge(pairs + test) if all("keywords" in pair for pair in pairs + test) else None
-    before, old = evaluate(model, tokenizer, test, s, errors)
+    model, tokenizer, errors, pairs, test = prepared
+    before, old, _ = evaluate(model, tokenizer, test, s, errors)
     with measure("train", device, summary):
-        steps = train(model, pairs, s, out)
-    after, new = evaluate(model, tokenizer, test, s, errors)
+        history = train(model, pairs, s, out)
+    after, new, _ = evaluate(model, tokenizer, test, s, errors)
+    for phase in ("annotate", "train"):
+        print("{}: {:.1f} s, {:,} tokens, peak memory {:.2f} GiB".format(phase, summary[f"{phase}_seconds"],
+              summary[f"{phase}_tokens"], summary[f"{phase}_peak_memory_bytes"] / 2**30))
     if model.generation_config.temperature not in (None, 1.0) or model.generation_config.top_p not in (None, 1.0):
         model.generation_config.do_sample = True  # transformers 4 would not save the contradiction
     with saving(out):
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
+    report(out / "report.html", {"this run": history}, "", test[:5], tokenizer,
+           {"token reward": "token_rewards", "learned credit": "credit"})
     for name in ("credit_auroc", "credit_auroc_pooled") + ("accuracy", "margin") * (s.algorithm == "dpo"):
         before[name] = None  # a constant by construction: the model is its own reference
-    summary |= {"before": before, "after": after, "pairs": len(pairs), "steps": steps, "settings": vars(s)}
+    summary |= {"before": before, "after": after, "pairs": len(pairs), "steps": len(history), "settings": vars(s)}
     write(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     (out / "checkpoint.pt").unlink(missing_ok=True)
     show(before, after, list(zip(test, old, new)), (test or pairs)[0], tokenizer)
-    print(f"\n{out}: the model, metrics.jsonl, settings.json and summary.json")
-
+    print(f"\n{out}: the model, metrics.jsonl, settings.json, summary.json and report.html")
 
 def main(argv=None):
     s = parse(argv)
@@ -1186,7 +1239,6 @@ def main(argv=None):
         return 130
     print(f"treg.py: error: {error}", file=sys.stderr)
     return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())
