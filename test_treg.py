@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import gzip
+import html.parser
 import importlib.machinery
 import importlib.util
 import itertools
@@ -799,6 +800,142 @@ def test_variants_and_controls_write_their_token_rewards_and_leave_model_and_pai
     assert np.mean([p["chosen_token_rewards"].sum() - p["rejected_token_rewards"].sum() for p in by_dpo]) > 0.01
     assert max(np.abs(p[name]).max() for p in by_dpo for name in names) <= 0.5
     assert all(np.array_equal(p[name], k[name]) for p, k in zip(pairs, kept) for name in names), "the caller's pairs"
+
+
+# ------------------------------------------------------------------------------------- the comparison, the report
+def test_pick_takes_best_and_worst_by_the_judge_and_nothing_of_equals():
+    count = lambda text, keywords: len(set(keywords) - set(text.split()))  # noqa: E731
+    assert treg.pick(["a", "a b", "c", "b a", "d"], ["a", "b"], count) == ("a b", "d")
+    assert treg.pick(["a", "b", "a"], ["a", "b"], count) is None, "equally good"
+
+
+def test_on_policy_pairs_are_the_models_own_best_and_worst(monkeypatch):
+    model, tokenizer = small_model()
+    pairs = [{"prompt": f"Say {word}", "keywords": [word], "chosen": word, "rejected": "x", "where": f"f:{i}",
+              "chosen_errors": []} for i, word in enumerate(("one", "two"))]
+    drawn = ["x", "one", "y", "two", "two", "two"]  # three responses to each prompt, in the order of the prompts
+    asked = []
+    monkeypatch.setattr(treg, "sample", lambda model, tokenizer, pairs, seed: asked.extend(p["where"] for p in pairs) or drawn)
+    s = options("--on-policy", 3)
+    s.max_length = 512
+    assert treg.on_policy(model, tokenizer, pairs, s, lambda text, keywords: text not in keywords) == [
+        {"prompt": "Say one", "keywords": ["one"], "where": "f:0", "chosen": "one", "rejected": "y"}]
+    assert asked == ["f:0"] * 3 + ["f:1"] * 3
+
+
+def test_bootstrap_by_hand():
+    """One seed and one prompt: no spread. Two seeds with differences 0 and 1, one prompt: means of two draws are 0, ½, 1
+    with probabilities ¼, ½, ¼, so the 95 % interval is (0, 1). The same for two prompts of one seed."""
+    assert treg.bootstrap(np.array([[0.25]])) == (0.25, 0.25, 0.25)
+    for differences in ([[0.0], [1.0]], [[0.0, 1.0]]):
+        assert treg.bootstrap(np.array(differences)) == (0.5, 0.0, 1.0), "seeds and prompts are both drawn"
+    drawn = np.random.default_rng(1).normal(1, 1, (1, 400))
+    _, low, high = treg.bootstrap(drawn)
+    assert (high - low) / (2 * 1.96 * drawn.std() / 20) == pytest.approx(1, abs=0.05), "± 1.96 standard errors"
+
+
+def test_table_by_hand():
+    """Accuracy 0.5, 0.7 over two seeds: 0.6 ± √(0.02) / √2 = 0.1. Against the base, prompts differ by (1, 0) and (0, 0)."""
+    line = lambda row, seed, accuracy, each: {"row": row, "seed": seed, "base": "DPO", "each": each,  # noqa: E731
+                                              "accuracy": accuracy, "credit_auroc": None}
+    text = treg.table([line("DPO", 0, 0.5, [0, 1]), line("DPO-REG", 1, 0.75, [1, 1]),  # in any order
+                       line("DPO", 1, 0.7, [1, 1]), line("DPO-REG", 0, 0.75, [1, 1])])
+    head, dpo, reg = text.splitlines()
+    assert head.split() == ["accuracy", "accuracy", "−", "base", "(95", "%)", "ahead"], "no columns without figures"
+    assert dpo.split() == ["DPO", "0.600", "±", "0.100"]
+    assert reg.split()[:5] == ["DPO-REG", "0.750", "±", "0.000", "+0.250"] and reg.endswith(" 1 of 2")
+    assert "±" not in treg.table([line("DPO", 0, 0.5, [0, 1])]), "one seed has no standard error"
+
+
+def test_compare_trains_every_row_from_the_reference_and_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
+    starts, orders, trained = [], [], []
+
+    def spy(model, pairs, s, out=None):
+        starts.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        orders.append([pair["where"] for pair in pairs])
+        if len(trained) == 4 and not resumed:
+            raise SystemExit("killed")
+        trained.append((s.algorithm, s.alpha, s.weighting, s.token_rewards, s.seed, s.beta, s.lr))
+        return train(model, pairs, s, out)
+    train, resumed = treg.train, False
+    monkeypatch.setattr(treg, "train", spy)
+    flags = ["--compare", "--seeds", "2", "--steps", "2", "--alphas", "2"]
+    with pytest.raises(SystemExit, match="killed"):
+        go(tmp_path, *flags)
+    resumed = True
+    assert go(tmp_path, *flags, "--resume") == 0
+    assert all(torch.equal(start, starts[0]) for start in starts) and all(order == orders[0] for order in orders)
+    rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
+    names = [*treg.ROWS, "DPO-REG, alpha 2.0"]
+    assert [(row["seed"], row["row"]) for row in rows] == [(seed, name) for seed in (0, 1) for name in names]
+    wanted = [("dpo", 0.0, "sequence", "contrastive"), ("dpo", 0.25, "sequence", "contrastive"),
+              ("dpo", 0.25, "sequence", "sft"), ("dpo", 0.25, "static", "contrastive"), ("dpo", 0.0, "sequence", "dpo"),
+              ("dpo", 0.25, "sequence", "dpo"), ("dpo", 0.25, "sequence", "shuffled"),
+              ("dpo", 0.25, "sequence", "swapped"), ("simpo", 0.0, "sequence", "contrastive"),
+              ("simpo", 0.25, "sequence", "contrastive"), ("dpo", 2.0, "sequence", "contrastive")]
+    assert [row[:4] for row in trained if row[4] == 1] == wanted
+    assert {row[0]: row[5] for row in trained} == {name: treg.DEFAULTS[name]["beta"] for name in treg.DEFAULTS}
+    assert all(row["accuracy"] is not None and len(row["each"]) == 4 and row["train_seconds"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in names) and "perfect" not in printed, "there is no judge for these data"
+    page = (tmp_path / "report.html").read_text()
+    assert "learned, DPO-REG" in page and "DPO-SFT" in page
+
+
+def test_grid_of_the_plain_loss(tmp_path):
+    assert go(tmp_path, "--compare", "--seeds", "1", "--steps", "1", "--algorithm", "simpo", "--lrs", "1e-3", "1e-2",
+              "--betas", "2", "3") == 0
+    rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == [f"SimPO, lr {lr}, beta {b}" for lr in (1e-3, 1e-2) for b in (2.0, 3.0)]
+    assert len({row["margin"] for row in rows}) == 4
+
+
+class Page(html.parser.HTMLParser):
+    """Well-formed? Nothing from elsewhere?"""
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.titles, self.bad = [], "", [], []
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in ("polyline",)
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "link", "img", "iframe", "object"), tag
+        for name, value in attributes:
+            assert name not in ("src", "href") and "url(" not in (value or "") and not name.startswith("on"), (name, value)
+        if tag != "meta":
+            self.open.append(tag)
+        self.titles += [float(value) for name, value in attributes if name == "title"]
+        self.bad += [("class", "bad") in attributes] if tag == "span" else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        self.text += data if self.open[-1:] == ["span"] or "h3" in self.open else ""
+
+
+def test_report_is_well_formed_self_contained_and_escapes_text_from_the_data(tmp_path):
+    model, tokenizer, _ = annotated(count=1)
+    evil = "<script>alert('1')</script> & \"\" </td>"
+    pair = {"prompt": evil, "chosen": evil, "rejected": "No", "where": "x:1", "chosen_errors": [[0, 8]], "rejected_errors": []}
+    pairs = treg.annotate(model, tokenizer, [pair], max_length=512)
+    history = [{name: 0.5 for name in treg.METRICS}, {name: 0.25 for name in treg.METRICS}]
+    treg.report(tmp_path / "report.html", {evil: history, "b": history[:1], "c": []}, evil, pairs, tokenizer,
+                {"r < s": "token_rewards", evil: "ref_logps"})
+    raw = (tmp_path / "report.html").read_text()
+    page = Page(raw)
+    assert "<script" not in raw and "http" not in raw
+    end = tokenizer.decode([treg.end_token(tokenizer)])
+    assert page.text == evil + (evil + end) * 2 + ("No" + end) * 2, "every token of both responses, in both layers"
+    values = [pairs[0][f"{side}_{name}"].tolist() for side in treg.SIDES for name in ("token_rewards", "ref_logps")]
+    close(page.titles, sum(values, []), "values on hover", 6e-4)
+    good = pairs[0]["chosen_good"]
+    assert page.bad[:len(good) + 1] == [not fine for fine in good] + [False] and 0 < sum(page.bad) < len(good)
+    treg.report(tmp_path / "report.html", {}, "", [], None, {})
+    Page((tmp_path / "report.html").read_text())
 
 
 # ---------------------------------------------------------------------------------------- 9 the tiny model, README

@@ -543,7 +543,11 @@ def train(model, pairs, s, out=None):
             stop = bool(asked)  # read once: a request that comes after this line waits for the next step
             if out:
                 save = stop or (step + 1) % s.save_every == 0 or step + 1 == total
-                append(out / "metrics.jsonl", row, sync=save)  # on the disk before the checkpoint is: no gap
+                with saving(out / "metrics.jsonl"), open(out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                    if save:  # on the disk before the checkpoint is, lest a power cut leave a gap
+                        file.flush()
+                        os.fsync(file.fileno())
                 if save:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                     write(out / "checkpoint.pt", lambda path: torch.save(state, path))
@@ -569,14 +573,6 @@ def saving(path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: not saved ({one_line(error)}); make room, then --resume: nothing is lost") from None
-
-def append(path, row, sync):
-    """Add row to a .jsonl file; with sync wait until it is on the disk."""
-    with saving(path), open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
 
 def write(path, save):
     """save(temporary path) beside path, then rename: at any instant path is whole, the old one or the new one."""
@@ -711,7 +707,7 @@ def show(before, after, samples, pair, tokenizer):
         print(marked)
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>T-REG</title>
-<style>:root {{ color-scheme: light dark }} body {{ font: 16px/1.6 sans-serif; max-width: 62em; margin: 2em auto;
+<style>:root {{ color-scheme: light dark }} body {{ font: 16px/1.6 sans-serif; max-width: 72em; margin: 2em auto;
 padding: 0 1em }}
 pre {{ overflow-x: auto }} svg {{ margin: 0 1em 1em 0 }} text {{ fill: currentColor; font-size: 12px }}
 polyline {{ fill: none; stroke-width: 1.5 }} .bad {{ text-decoration: underline wavy }} th {{ text-align: left;
@@ -721,36 +717,32 @@ font-weight: normal; white-space: nowrap; vertical-align: top; padding-right: 1e
 def report(path, curves, table, pairs, tokenizer, layers):
     """Write one self-contained page: learning curves {name: history}, the table, and the tokens of both responses of
     pairs, coloured by each of layers {label: column}, labelled errors underlined, values on hover."""
-    parts, escape = [f"<pre>{html.escape(table)}</pre>"] if table else [], html.escape
-    hues = {name: f"hsl({int(360 * i / len(curves))} 65% 50%)" for i, name in enumerate(curves)}
-    parts += [f'<p>{" ".join(f"<b style=color:{hue!r}>{escape(name)}</b>" for name, hue in hues.items())}</p>']
-    for metric in ("loss", "margin", "accuracy", "chosen_logps") if any(curves.values()) else ():
-        values = [row[metric] for history in curves.values() for row in history]
-        low, span = min(values), max(values) - min(values) or 1.0
-        lines = ""
+    parts = [f"<pre>{html.escape(table)}</pre><p>"]
+    hues = {name: f"hsl({360 * i // len(curves)} 65% 50%)" for i, name in enumerate(curves)}
+    parts += [f'<b style="color:{hue}">{html.escape(name)}</b> ' for name, hue in hues.items()] + ["</p>"]
+    for metric in ("loss", "margin", "accuracy", "chosen_logps"):
+        values = [row[metric] for history in curves.values() for row in history] or [0.0]
+        low, span, lines = min(values), max(values) - min(values) or 1.0, ""
         for name, history in curves.items():
-            points = " ".join(f"{280 * i / max(1, len(history) - 1):.1f},{120 - 110 * (row[metric] - low) / span:.1f}"
+            points = " ".join(f"{280 * i / len(history):.1f},{115 - 110 * (row[metric] - low) / span:.1f}"
                               for i, row in enumerate(history))
             lines += f'<polyline style="stroke:{hues[name]}" points="{points}"/>'
-        parts.append(f'<svg width="290" height="140">{lines}<text y="136">{metric}, {low:.3g} to {low + span:.3g}, '
-                     f'{max(map(len, curves.values()))} steps</text></svg>')
-    for label, column in layers.items():
-        scale = max(np.abs(pair[f"{side}_{column}"]).max() for pair in pairs for side in SIDES) if pairs else 1
-        layers[label] = column, max(float(scale), 1e-9)
+        parts.append(f'<svg width="290" height="140">{lines}'
+                     f'<text y="134">{metric}: {low:.3g} to {low + span:.3g}</text></svg>')
+    scales = {column: max(1e-9, *(np.abs(pair[f"{side}_{column}"]).max() for pair in pairs for side in SIDES))
+              for column in layers.values() if pairs}
     for pair in pairs:
-        parts.append(f"<h3>{escape(as_messages(pair['prompt'])[-1]['content'])}</h3><table>")
-        for side in SIDES:
-            good = [*pair.get(f"{side}_good", []), *[True] * len(pair[f"{side}_ids"])]
-            for label, (column, scale) in layers.items():
-                spans = ""
-                for token, value, fine in zip(pair[f"{side}_ids"].tolist(), pair[f"{side}_{column}"].tolist(), good):
-                    hue, strength = (140, value / scale) if value > 0 else (0, -value / scale)
-                    style = f"background:hsl({hue} 80% 45% / {0.8 * strength:.2f})"
-                    spans += (f'<span title="{value:+.3f}" style="{style}"{"" if fine else " class=bad"}>'
-                              f"{escape(tokenizer.decode([token]))}</span>")
-                parts.append(f"<tr><th>{side}: {escape(label)}<td>{spans}")
+        parts.append(f"<h3>{html.escape(as_messages(pair['prompt'])[-1]['content'])}</h3><table>")
+        for side, (label, column) in itertools.product(SIDES, layers.items()):
+            parts.append(f"<tr><th>{side}: {html.escape(label)}</th><td>")
+            ids, values, good = (pair.get(f"{side}_{name}", ()) for name in ("ids", column, "good"))
+            for token, value, fine in itertools.zip_longest(ids, values, good, fillvalue=True):  # the end token is fine
+                colour = f"hsl({140 if value > 0 else 0} 80% 45% / {0.8 * abs(value) / scales[column]:.2f})"
+                parts.append(f'<span title="{value:+.3f}" style="background:{colour}"{"" if fine else " class=bad"}>'
+                             f"{html.escape(tokenizer.decode([token]))}</span>")
+            parts.append("</td></tr>")
         parts.append("</table>")
-    write(path, lambda path: path.write_text(PAGE.format("\n".join(parts)), "utf-8"))
+    write(path, lambda path: path.write_text(PAGE.format("".join(parts)), "utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------- 9 the tiny model
@@ -797,7 +789,7 @@ def make_tiny(pairs, seed, steps=2000):
 
 # ------------------------------------------------------------------------------------------------ 10 command line
 DEFAULTS = {"dpo": {"beta": 0.1, "gamma": 0.0}, "simpo": {"beta": 2.5, "gamma": 1.0}}
-TINY = {"dpo": {"lr": 2e-4}, "simpo": {"lr": 2e-4}}  # tuned at α = 0 on the validation split, by --lrs and --betas
+TINY = {"dpo": {"lr": 4e-4, "beta": 1.0}, "simpo": {"lr": 4e-4}}  # tuned at α = 0 on the validation split, by --lrs and --betas
 
 def default_lr(parameters):
     """5e-7, published for 8e9 parameters, grows as the size falls, by its square root: 4e-6 at 135e6, 1e-4 at 2e5."""
@@ -1111,43 +1103,41 @@ ROWS = {
 
 def compare(s, out, device, style):
     """Train every row from the same reference on the same pairs in the same order, for each seed; print the table."""
-    rows, path, curves, shown = dict(ROWS), out / "compare.jsonl", {}, {}
-    base = "DPO" if s.algorithm == "dpo" else "SimPO"
-    rows |= {f"{base}-REG, alpha {alpha}": (base, {"algorithm": s.algorithm, "alpha": alpha}) for alpha in s.alphas}
+    path, base, curves, shown = out / "compare.jsonl", {"dpo": "DPO", "simpo": "SimPO"}[s.algorithm], {}, {}
+    own = {"algorithm": s.algorithm}
+    rows = ROWS | {f"{base}-REG, alpha {alpha}": (base, {**own, "alpha": alpha}) for alpha in s.alphas}
     if s.lrs or s.betas:
-        plain = {"algorithm": s.algorithm, "alpha": 0.0}
-        rows = {f"{base}, lr {lr or 'default'}, beta {beta or 'default'}": (base, {**plain, "lr": lr, "beta": beta})
-                for lr in s.lrs or [s.lr] for beta in s.betas or [s.beta]}
+        grid = itertools.product(s.lrs or [s.lr], s.betas or [s.beta])
+        rows = {f"{base}, lr {lr or 'default'}, beta {beta or 'default'}":
+                (base, {**own, "alpha": 0.0, "lr": lr, "beta": beta}) for lr, beta in grid}
     save_settings(out, vars(s))
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(line["row"], line["seed"]) for line in lines}
-    with bar(total=len(rows) * s.seeds, initial=len(done), desc="compare", unit=" rows") as progress:
-        for seed in range(s.seed, s.seed + s.seeds):
-            if all((name, seed) in done for name in rows):
-                continue
+    left = [(seed, name) for seed in range(s.seed, s.seed + s.seeds) for name in rows
+            if (seed, name) not in {(line["seed"], line["row"]) for line in lines}]
+    with bar(desc="compare", unit=" rows", initial=len(lines), total=len(lines) + len(left)) as progress:
+        for seed, names in itertools.groupby(left, key=lambda row: row[0]):
             one = argparse.Namespace(**{**vars(s), "seed": seed})
             model, tokenizer, errors, pairs, test = prepare(one, device, style, {})
+            need(test, f"{s.data}: --compare needs pairs to evaluate on; see --split and --holdout")
             start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-            for name, (base, changes) in rows.items():
-                if (name, seed) in done:
-                    continue
-                variant, summary = settle(s, model, seed=seed, max_length=one.max_length, **changes), {}
+            for _, name in names:
+                changes, summary = rows[name][1], {}
+                variant = settle(s, model, seed=seed, max_length=one.max_length, **changes)
                 with measure("train", device, summary):
-                    variant_pairs = replace_rewards(model, pairs + test, len(pairs), variant)
-                    curves[name] = train(model, variant_pairs[:len(pairs)], variant)
-                shown[name] = variant_pairs[len(pairs):]
+                    annotated = replace_rewards(model, pairs + test, len(pairs), variant)
+                    curves[name] = train(model, annotated[:len(pairs)], variant)
+                shown[name] = annotated[len(pairs):]
                 result, _, each = evaluate(model, tokenizer, shown[name], variant, errors)
-                lines.append({"row": name, "seed": seed, "base": base, **result, **summary, "each": each})
-                append(path, lines[-1], sync=True)
+                lines.append({"row": name, "seed": seed, "base": rows[name][0], **result, **summary, "each": each})
+                write(path, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
                 model.load_state_dict(start)
                 progress.update()
     text = table(lines)
     print("\n" + text)
-    plain = shown.get("DPO", [])[:5]
-    pairs = [{**pair, **{f"{side}_plain": other[f"{side}_credit"] for side in SIDES}}
-             for pair, other in zip(shown.get("DPO-REG", []), plain)]
-    layers = {"token reward": "token_rewards", "learned, DPO-REG": "credit", "learned, DPO": "plain"}
-    report(out / "report.html", curves, text, pairs, tokenizer if shown else None, layers)
+    pairs = [{**reg, "chosen_plain": plain["chosen_credit"], "rejected_plain": plain["rejected_credit"]}
+             for reg, plain in zip(shown.get("DPO-REG", []), shown.get("DPO", [])[:5])]
+    report(out / "report.html", curves, text, pairs, left and tokenizer,
+           {"token reward": "token_rewards", "learned, DPO-REG": "credit", "learned, DPO": "plain"})
     print(f"\n{out}: compare.jsonl and report.html")
 
 def bootstrap(differences, draws=4000):
@@ -1169,8 +1159,8 @@ def table(lines):
         cells.append([row])
         for name in names:
             values = np.array([line[name] for line in of])
-            error = values.std(ddof=1) / math.sqrt(len(of)) if len(of) > 1 else math.nan
-            cells[-1].append(f"{values.mean():.3f} ± {error:.3f}")
+            error = f" ± {values.std(ddof=1) / math.sqrt(len(of)):.3f}" if len(of) > 1 else ""
+            cells[-1].append(f"{values.mean():.3f}{error}")
         base = rows.get(of[0]["base"], of)
         if base is not of and len(base) == len(of):
             differences = np.array([line["each"] for line in of]) - np.array([line["each"] for line in base])
@@ -1194,7 +1184,7 @@ def run(s):
         return print(f"{out}: this run is finished; its results are in summary.json")
     need(not out.exists() or not any(out.iterdir()) or s.resume and (out / "settings.json").exists(),
          f"--out {out}: is not empty; name a new folder, or one that holds a run and --resume")
-    if s.compare:
+    if s.compare and not s.check_prompts:
         return compare(s, out, device, style)
     prepared = prepare(s, device, style, summary, None if s.check_prompts else out)
     if prepared is None:
