@@ -20,6 +20,7 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1008,16 +1009,68 @@ def test_readme_snippet_runs_as_it_stands():
     pytest.fail("the README shows the loss in use")
 
 
-def test_readme_commands_use_flags_that_exist():
-    known = set(re.findall(r"--[a-z][a-z-]+", treg_help()))
-    commands = [line for block in readme_blocks("bash") for line in block.splitlines() if "treg.py" in line]
-    assert commands
-    for line in commands:
-        assert set(re.findall(r"--[a-z][a-z-]+", line)) <= known, line
+def few_pairs():
+    """-> a file with a few lines of each split of tiny_data.jsonl."""
+    kept, count = [], {}
+    for line in (HERE / "tiny_data.jsonl").read_text().splitlines(keepends=True):
+        split = json.loads(line)["split"]
+        count[split] = count.get(split, 0) + 1
+        kept += [line] * (count[split] <= (40 if split == "warmup" else 5))
+    return put(Path(FOLDERS.name, "few.jsonl"), "".join(kept))
 
 
-def treg_help():
-    return subprocess.run([sys.executable, HERE / "treg.py", "--help"], capture_output=True, text=True, check=True).stdout
+def readme_commands():
+    return [line for block in readme_blocks("bash") for line in block.splitlines() if re.match(r"(python treg\.py|echo) ?", line)]
+
+
+@not_graded
+@pytest.mark.parametrize("command_line", dict.fromkeys(readme_commands()))
+def test_readme_command_runs_at_its_smallest_setting(command_line, tmp_path, monkeypatch, capsys):
+    """The command as it stands, but with a random model, few pairs, one step, one seed and little warm-up."""
+    monkeypatch.chdir(tmp_path)
+    if command_line.startswith("echo"):
+        return subprocess.run(["bash", "-ec", command_line], check=True)
+    argv = shlex.split(command_line.partition("#")[0])[2:]
+    for i, (flag, value) in enumerate(zip(argv, argv[1:]), 1):
+        if flag in ("--model", "--reward-model"):
+            argv[i] = model_folder() if "--model" in argv else tiny_folder()
+        elif flag == "--data":
+            argv[i] = write_pairs("pairs.jsonl")
+        elif flag == "--prompts" and value.endswith(".json"):
+            made = next(line for line in readme_commands() if line.endswith(f"> {value}"))
+            subprocess.run(["bash", "-ec", made], check=True)
+    argv += [] if "--data" in argv else ["--data", few_pairs()]
+    argv += ["--holdout", "4"] if "--data" in argv and "--holdout" not in argv else []
+    argv += ["--steps", "1"] + ["--seeds", "1"] * ("--compare" in argv)
+    argv += [] if "--model" in argv else ["--warm-steps", "300" if "--on-policy" in argv else "2"]
+    assert treg.main([str(word) for word in argv]) == 0, capsys.readouterr().err
+
+
+@functools.cache
+def tiny_folder():
+    """-> the tiny model, hardly warmed up, in a folder."""
+    folder = Path(FOLDERS.name, "tiny")
+    assert treg.main(["--data", str(few_pairs()), "--warm-steps", "2", "--steps", "1", "--alpha", "0", "--out", str(folder)]) == 0
+    return str(folder)
+
+
+@not_graded
+def test_readme_conversation_with_the_trained_model(tmp_path, monkeypatch, capsys):
+    [block] = [block for block in readme_blocks("python") if "pipeline" in block]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folder(), "DIR")
+    assert go(tmp_path / "my-run", "--steps", "1") == 0
+    capsys.readouterr()
+    exec(block, {})
+    assert re.match(r"DIR says .*my-run says ", capsys.readouterr().out, re.S)
+
+
+def test_help_explains_every_option():
+    printed = subprocess.run([sys.executable, HERE / "treg.py", "--help"], capture_output=True, text=True, check=True).stdout
+    options = re.split(r"\n  (?=--)", printed)[1:]
+    assert len(options) > 30
+    for option in options:
+        assert re.search(r"\s{2,}\S+(\s+\S+){2}", option), f"no help: {option}"
 
 
 # ------------------------------------------------------------------------------------------------------ input: helpers

@@ -983,7 +983,9 @@ def on_policy(model, tokenizer, pairs, s, errors):
     picked = [pick(texts[i * s.on_policy:][:s.on_policy], pair["keywords"], errors) for i, pair in enumerate(pairs)]
     fresh = [{name: pair[name] for name in ("prompt", "keywords", "where")} | dict(zip(SIDES, pick))
              for pair, pick in zip(pairs, picked) if pick]
-    print(f"on-policy: {len(fresh)} pairs; dropped: {len(pairs) - len(fresh)} prompts with responses equally good")
+    wrong = [np.mean([errors(pair[side], pair["keywords"]) for pair in fresh] or [0]) for side in SIDES]
+    print("on-policy: {} pairs, {:.2f} errors in chosen and {:.2f} in rejected; to {} prompts all responses were equally "
+          "good".format(len(fresh), *wrong, len(pairs) - len(fresh)))
     return fresh
 
 def checksum(arrays):
