@@ -1152,7 +1152,7 @@ def bootstrap(differences, draws=4000):
 def table(lines):
     """The lines of compare.jsonl -> text: mean ± standard error over seeds, and the paired difference to the base."""
     columns = {"perfect_responses": "perfect", "errors_per_response": "errors", "accuracy": "accuracy",
-               "credit_auroc": "credit AUROC", "credit_auroc_pooled": "pooled"}
+               "credit_auroc": "credit AUROC", "credit_auroc_pooled": "pooled", "token_reward_auroc": "r̂ AUROC"}
     names = [name for name in columns if lines[0].get(name) is not None]
     rows, cells = {}, [["", *(columns[name] for name in names), f"{columns[names[0]]} − base (95 %)", "ahead"]]
     for line in sorted(lines, key=lambda line: line["seed"]):
