@@ -32,7 +32,6 @@ import torch.nn.functional as F
 import transformers
 from datasets import get_dataset_split_names, load_dataset
 from pyarrow.parquet import ParquetFile
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -127,13 +126,13 @@ def one_line(error):
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 @contextlib.contextmanager
-def explain(what, hint, errors=Exception):
+def explain(what, hint):
     """Within it an error of a library's becomes the user's, in one line: what failed, why, and what to do."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except errors as error:
+    except Exception as error:  # every library has its own
         raise UserError(f"{what} ({one_line(error)}); {hint}") from None
 
 def load_pairs(source, split="train"):
@@ -527,8 +526,8 @@ def train(model, pairs, s, out=None):
     with stop_requests() as asked, steps:
         for step in steps:
             epoch, place = divmod(step, per_epoch)
-            if step == first or place == 0:  # a function of seed and epoch: a resumed run needs no random state
-                order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed + epoch)).tolist()
+            # a function of seed and epoch: a resumed run needs no random state
+            order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed + epoch))
             batch = [pairs[i] for i in order[place * per_step:(place + 1) * per_step]]
             sums = 0
             for pack in packs(batch, s.batch_size):
@@ -548,10 +547,10 @@ def train(model, pairs, s, out=None):
             stop = bool(asked)  # read once: a request that comes after this line waits for the next step
             if out:
                 with saving(out / "metrics.jsonl"), open(out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(as_lines([row]))
             if out and (stop or (step + 1) % s.save_every == 0 or step + 1 == total):
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-                write(out / "checkpoint.pt", lambda path: torch.save(state, path))
+                write(out / "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                              "history": history})
             if stop:
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; go on by --resume --out {s.out}")
     return history
@@ -567,30 +566,26 @@ def stop_requests():
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
-def saving(path):  # a full disk, as files, torch and safetensors report it
-    return explain(f"{path}: not saved", "make room, then --resume: nothing is lost",
-                   (OSError, RuntimeError, SafetensorError))
+def saving(path):
+    return explain(f"{path}: not saved", "make room, then --resume: nothing is lost")
 
-def write(path, save):
-    """save(temporary path) beside path, then rename: at any instant path is whole, the old one or the new one."""
+def as_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+def write(path, content):
+    """Write a text, or what torch.save takes, so that at any instant path is whole, the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with saving(path):
-            save(temporary)
+            temporary.write_text(content, "utf-8") if isinstance(content, str) else torch.save(content, temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
-def write_text(path, text):
-    write(path, lambda path: path.write_text(text, "utf-8"))
-
-def write_lines(path, rows):
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-def load_saved(path, device="cpu"):
-    """-> what torch.save wrote to path; torch.load by itself would not see that a bit of it has changed."""
+def read(path, device="cpu"):
+    """-> what write() gave to torch.save. torch.load alone does not see that a bit of it has changed."""
     if zipfile.ZipFile(path).testzip():
         raise ValueError("a checksum differs")
     return torch.load(path, map_location=device, weights_only=True, mmap=True)
@@ -600,11 +595,11 @@ def resume(out, model, optimizer):
     path, history = out / "checkpoint.pt", []
     if path.exists():
         with explain(f"{path}: damaged", "without it --resume starts anew"):
-            state = load_saved(path, model.device)
+            state = read(path, model.device)
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             history = state["history"]
-    write_lines(out / "metrics.jsonl", history)
+    write(out / "metrics.jsonl", as_lines(history))
     return history
 
 
@@ -748,7 +743,7 @@ def report(path, curves, table, pairs, tokenizer, layers):
                              f"{html.escape(tokenizer.decode([token]))}</span>")
             parts.append("</td></tr>")
         parts.append("</table>")
-    write_text(path, PAGE.format("".join(parts)))
+    write(path, PAGE.format("".join(parts)))
 
 
 # ----------------------------------------------------------------------------------------------- 9 the tiny model
@@ -874,8 +869,6 @@ def parse(argv):
     s = parser.parse_args(argv)
     if s.resume and not s.out:
         parser.error("argument --resume: needs --out, the folder of the run to go on with")
-    if s.check_prompts and (not s.alpha or s.token_rewards != "contrastive"):
-        parser.error("argument --check-prompts: there are no prompts with --alpha 0 or other --token-rewards")
     for name, value in vars(s).items():
         if value == "":  # an unset variable of the shell's
             parser.error(f"argument --{name.replace('_', '-')}: is empty")
@@ -995,10 +988,10 @@ def keep_annotation(path, pairs, make):
     if not path.exists():
         pairs = make()
         flat = {name: torch.from_numpy(np.concatenate([pair[name] for pair in pairs])) for name, _ in names}
-        write(path, lambda path: torch.save(flat, path))
+        write(path, flat)
         return pairs
     with explain(f"{path}: damaged", "without it --resume makes it again"):
-        flat = load_saved(path)
+        flat = read(path)
         for name, ids in names:
             for pair, value in zip(pairs, flat[name].split([len(pair[ids]) for pair in pairs])):
                 pair[name] = value.numpy()
@@ -1014,25 +1007,18 @@ def save_settings(out, settings):
                        if saved.get(name) != value and name not in ("out", "resume", "save_every")]
         need(not changed, f"--resume: the run in {out} is another one: {'; '.join(changed)}")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(settings, indent=2) + "\n")
+    write(path, json.dumps(settings, indent=2) + "\n")
 
 @contextlib.contextmanager
 def measure(name, device, summary):
     """Write a phase's seconds, CPU seconds, computed positions and the peak memory so far into summary."""
-    gpu = device != "cpu"
-
-    def now():
-        if gpu:
-            torch.cuda.synchronize(device)
-        return np.array([time.perf_counter(), time.process_time(), response_logps.positions])
-
-    start = now()
-    yield
-    seconds, cpu_seconds, tokens = (now() - start).tolist()
-    memory = (torch.cuda.max_memory_allocated(device) if gpu else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    summary |= {f"{name}_seconds": seconds, f"{name}_cpu_seconds": cpu_seconds, f"{name}_tokens": int(tokens),
-                f"{name}_peak_memory_bytes": memory, "peak_memory_bytes": memory}
+    seconds, cpu_seconds, tokens = time.perf_counter(), time.process_time(), response_logps.positions
+    yield  # a phase ends when its results are on the CPU: no work of the GPU is left out
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+              if device == "cpu" else torch.cuda.max_memory_allocated(device))
+    summary |= {f"{name}_seconds": time.perf_counter() - seconds, f"{name}_cpu_seconds": time.process_time() - cpu_seconds,
+                f"{name}_tokens": response_logps.positions - tokens, f"{name}_peak_memory_bytes": memory,
+                "peak_memory_bytes": memory}
 
 def prepare(s, summary, out=None):
     """-> (model, tokenizer, judge or None, annotated pairs for training, the same for evaluation). With a folder out
@@ -1043,10 +1029,10 @@ def prepare(s, summary, out=None):
     if s.on_policy:
         need(errors, f"--on-policy: {s.data} has no keywords for a judge to pick by")
         texts["train"] = on_policy(model, tokenizer, texts["train"], s, errors)
-    [style, *others] = s.styles.values()
-    if not s.compare and (not s.alpha or s.token_rewards in ("sft", "dpo")):
+    style = next(iter(s.styles.values()))
+    if not s.compare and not s.check_prompts and (not s.alpha or s.token_rewards in ("sft", "dpo")):
         style = None
-    elif others or s.check_prompts:
+    elif s.check_prompts or len(s.styles) > 1:
         style = choose_prompts(model, tokenizer, texts["train"], s, scorer)
     if s.check_prompts:
         return None
@@ -1056,9 +1042,8 @@ def prepare(s, summary, out=None):
         need(data[split] or split != "train", f"{s.data}: no pair is left to train on ({dropped})")
         print(f"{split}: {len(data[split])} pairs" + f" ({dropped})" * bool(dropped))
     pairs, count = data["train"] + data[s.split], len(data["train"])
-    error, seconds = share_prompts(model, pairs)
-    if scorer:
-        share_prompts(scorer, pairs)
+    for each in filter(None, (scorer, model)):
+        error, seconds = share_prompts(each, pairs)
     if not model.shares_prompts:
         print(f"note: sharing prompts changes log-probs by {error:.1g}, so every response is computed alone")
     epochs = s.steps * s.batch_size * s.accumulate / count if s.steps else s.epochs
@@ -1066,17 +1051,18 @@ def prepare(s, summary, out=None):
     plain = sum(pair[name].size for pair in data["train"] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     print(f"time: about {seconds * (every + 3 * epochs * plain) / 60:.1f} minutes")  # 3: forward, and twice backward
 
+    if out:
+        state = {"torch": torch.__version__, "transformers": transformers.__version__, "style": style, "pairs":
+                 checksum(pair[name] for pair in pairs for name in sorted(pair) if name.endswith("_ids"))}
+        for name, each in ("weights", model), ("reward_weights", scorer):
+            state[name] = checksum(value.cpu().numpy() for value in each.state_dict().values()) if each else None
+        save_settings(out, {**vars(s), **state})
+
     def make():
         done = annotate(model, tokenizer, pairs, style, scorer, s.batch_size, s.max_length, s.dtype)
         return done if s.compare or not s.alpha else replace_rewards(model, done, count, s)
 
     with measure("annotate", s.device, summary):
-        if out:
-            state = {"torch": torch.__version__, "transformers": transformers.__version__, "style": style, "pairs":
-                     checksum(pair[name] for pair in pairs for name in sorted(pair) if name.endswith("_ids"))}
-            for name, each in ("weights", model), ("reward_weights", scorer):
-                state[name] = checksum(value.cpu().numpy() for value in each.state_dict().values()) if each else None
-            save_settings(out, {**vars(s), **state})
         pairs = keep_annotation(out / "annotation.pt", pairs, make) if out else make()
     if style:
         share, low, high = pair_accuracy(pairs[:count])
@@ -1125,7 +1111,7 @@ def compare(s, out):
                 shown[name] = annotated[len(pairs):]
                 result, _, each = evaluate(model, tokenizer, shown[name], variant, errors)
                 lines.append({"row": name, "seed": seed, "base": BASES[variant.algorithm], **result, **summary, "each": each})
-                write_lines(path, lines)
+                write(path, as_lines(lines))
                 model.load_state_dict(start)
                 progress.update()
     text = table(lines)
@@ -1199,7 +1185,7 @@ def run(s):
     for name in ("credit_auroc", "credit_auroc_pooled") + ("accuracy", "margin") * (s.algorithm == "dpo"):
         before[name] = None  # a constant by construction: the model is its own reference
     summary |= {"before": before, "after": after, "pairs": len(pairs), "steps": len(history), "settings": vars(s)}
-    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     (out / "checkpoint.pt").unlink(missing_ok=True)
     show(before, after, list(zip(test, old, new)), (test or pairs)[0], tokenizer)
     print(f"\n{out}: the model, metrics.jsonl, settings.json, summary.json and report.html")
