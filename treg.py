@@ -140,8 +140,7 @@ def load_pairs(source, split="train"):
 
     Rows that name another split are left out; rows that name none are "train". A pair is a dict: prompt, a text or a
     list of {role, content}; chosen and rejected, texts; where, "file:line"; and if the row has them keywords and
-    chosen_errors, rejected_errors, character spans of bad text. UserError names the line of a bad row.
-    """
+    chosen_errors, rejected_errors, character spans of bad text. UserError names the line of a bad row."""
     rows = bar(read_rows(str(source), split), desc="read", unit=" rows")
     return [read_pair(row, where) for where, row in rows
             if not isinstance(row, dict) or (row.get("split") or "train") == split]
@@ -305,8 +304,7 @@ def encode(tokenizer, pairs, max_length, style=None):
 
     Adds prompt_ids, chosen_ids, rejected_ids, with a style chosen_better_ids and so on (both sides, both contrastive
     prompts), with error spans chosen_good and rejected_good. A pair is dropped if its responses are the same, or if
-    its longest prompt and response have more than max_length tokens together: a cut could change who won.
-    """
+    its longest prompt and response have more than max_length tokens together: a cut could change who won."""
     end, encoded, dropped = end_token(tokenizer), [], collections.Counter()
     for pair in bar(pairs, desc="encode", unit=" pairs"):
         messages = as_messages(pair["prompt"])
@@ -335,8 +333,7 @@ def response_logps(model, prompts, responses):
     With model.shares_prompts (see share_prompts) all rows lie in one row without padding, sorted, and what a row has
     in common with the row before it is computed once: a prompt for both of its responses, an instruction for all. The
     tokens then form a tree written in depth-first order, so "j is an ancestor of i" is: j ≤ i < end of j's subtree.
-    Without it every row is computed by itself.
-    """
+    Without it every row is computed by itself."""
     device = next(model.parameters()).device
     rows = [prompt + response for prompt, response in zip(prompts, responses)]
     order = sorted(range(len(rows)), key=rows.__getitem__)
@@ -437,8 +434,7 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
 
     model: the untrained policy. style: a contrastive pair (see contrastive_prompts), or None for token rewards of 0.
     reward_model: π_eval, if it is not the reference itself. Reference log-probs are computed in dtype as training
-    does, so that π = π_ref at its start; token rewards in float32, because σ of a bfloat16 error is an error.
-    """
+    does, so that π = π_ref at its start; token rewards in float32, because σ of a bfloat16 error is an error."""
     if pairs and "prompt_ids" not in pairs[0]:
         pairs, dropped = encode(tokenizer, pairs, max_length, style)
         print(f"annotate: {dropped}" if dropped else "", end="\n" * bool(dropped))
@@ -512,10 +508,7 @@ def schedule(step, total):
 
 def train(model, pairs, s, out=None):
     """Train model in place on annotated pairs. With a folder out: metrics.jsonl, checkpoints, and going on from one.
-
-    A step averages the loss over batch_size × accumulate pairs, however many forward passes that takes. -> a dict of
-    metrics for each step.
-    """
+    A step is the mean over batch_size × accumulate pairs, in any number of passes. -> a dict of metrics a step."""
     per_step = s.batch_size * s.accumulate
     per_epoch = math.ceil(len(pairs) / per_step)
     total = s.steps or s.epochs * per_epoch
@@ -640,8 +633,7 @@ def judge(pairs):
 
 @torch.no_grad()
 def sample(model, tokenizer, pairs, seed):
-    """-> one response a pair, drawn from the model as it is (temperature 1, no top-k), by at most 8 tokens longer
-    than the longest chosen one."""
+    """-> one response a pair, drawn from the model as it is, at most 8 tokens longer than the longest chosen one."""
     end, texts, most = end_token(tokenizer), [], max(len(pair["chosen_ids"]) for pair in pairs) + 8
     torch.manual_seed(seed)
     for start in bar(range(0, len(pairs), 128), desc="sample", unit=" batches"):
@@ -660,10 +652,8 @@ SAMPLES = 4  # responses drawn for each prompt that has a judge
 
 @torch.no_grad()
 def evaluate(model, tokenizer, pairs, s, errors=None):
-    """-> (metrics of model on annotated pairs, samples, the share of perfect responses or else accuracy of each pair).
-
-    Writes the learned credit log π − log π_ref to the pairs.
-    """
+    """-> (metrics of annotated pairs, three samples, the share of perfect responses or else accuracy of each pair).
+    Writes the learned credit log π − log π_ref to the pairs."""
     if not pairs:
         return {}, [], []
     rows = []
@@ -709,18 +699,18 @@ def show(before, after, samples, pair, tokenizer):
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>T-REG</title>
 <style>:root {{ color-scheme: light dark }} body {{ font: 16px/1.6 sans-serif; max-width: 72em; margin: 2em auto;
-padding: 0 1em }}
-pre {{ overflow-x: auto }} svg {{ margin: 0 1em 1em 0 }} text {{ fill: currentColor; font-size: 12px }}
-polyline {{ fill: none; stroke-width: 1.5 }} .bad {{ text-decoration: underline wavy }} th {{ text-align: left;
-font-weight: normal; white-space: nowrap; vertical-align: top; padding-right: 1em }} td span {{ white-space: pre-wrap }}
+padding: 0 1em }} pre {{ overflow-x: auto }} svg {{ margin: 0 1em 1em 0 }} polyline {{ fill: none; stroke-width: 1.5 }}
+text {{ fill: currentColor; font-size: 12px }} .bad {{ text-decoration: underline wavy }}
+td span {{ white-space: pre-wrap }}
+th {{ text-align: left; font-weight: normal; white-space: nowrap; vertical-align: top; padding-right: 1em }}
 </style><h1>T-REG</h1>{}</html>"""
 
 def report(path, curves, table, pairs, tokenizer, layers):
     """Write one self-contained page: learning curves {name: history}, the table, and the tokens of both responses of
     pairs, coloured by each of layers {label: column}, labelled errors underlined, values on hover."""
-    parts = [f"<pre>{html.escape(table)}</pre><p>"]
     hues = {name: f"hsl({360 * i // len(curves)} 65% 50%)" for i, name in enumerate(curves)}
-    parts += [f'<b style="color:{hue}">{html.escape(name)}</b> ' for name, hue in hues.items()] + ["</p>"]
+    names = " ".join(f'<b style="color:{hue}">{html.escape(name)}</b>' for name, hue in hues.items())
+    parts = [f"<pre>{html.escape(table)}</pre><p>{names}</p>"]
     for metric in ("loss", "margin", "accuracy", "chosen_logps"):
         values = [row[metric] for history in curves.values() for row in history] or [0.0]
         low, span, lines = min(values), max(values) - min(values) or 1.0, ""
@@ -817,20 +807,18 @@ def number(kind, low, high=10**12):
     return parse
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="treg.py", description="Preference optimisation with token-level reward "
-        "regularisation. Without arguments: make a tiny model, train it, show what changed. Defaults are in [].")
+    parser = argparse.ArgumentParser(prog="treg.py", description="T-REG. Without arguments: make a tiny model, train it, "
+                                     "show what changed. Defaults are in [].")
     data, whole = str(Path(__file__).with_name("tiny_data.jsonl")), number(int, 1)
     share, positive = number(float, 0), number(float, 1e-12)
-    gpus = torch.cuda.device_count()
-    devices = ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)] + ["cpu"]
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     held = lambda text: (number(float, 0, 0.99) if "." in text else number(int, 0))(text)  # noqa: E731
-    rewards = ("contrastive", "sft", "dpo", "shuffled", "swapped")
     add = parser.add_argument_group("what is trained").add_argument
     add("--model", help="folder or hub name of a causal language model [the tiny model]")
     add("--warm-steps", type=whole, default=2000, help="warm-up of the tiny model [%(default)s]")
     add("--data", default=data, help=".json, .jsonl, .csv or .parquet file, or hub data set [tiny_data.jsonl]")
     add("--max-pairs", type=whole, help="train on at most this many pairs")
-    add("--on-policy", type=number(int, 2), metavar="K", help="train on the judge's best and worst of K sampled responses")
+    add("--on-policy", type=number(int, 2), metavar="K", help="train on best and worst, by the judge, of K samples each")
     add("--split", default="test", help="split of the data to evaluate on [%(default)s]")
     add("--holdout", type=held, default=0.1, help="number or share of pairs to evaluate on without it [%(default)s]")
     add("--max-length", type=number(int, 8), default=1024, help="longer pairs are dropped; in tokens [%(default)s]")
@@ -841,8 +829,9 @@ def parse(argv):
     add("--gamma", type=share, help="target margin [dpo 0, simpo 1]")
     add("--weighting", choices=("sequence", "static"), default="sequence", help="the loss's own, or 1/2 [%(default)s]")
     add = parser.add_argument_group("the token rewards").add_argument
-    add("--token-rewards", choices=rewards, default="contrastive", help="by contrastive prompts; 1 on chosen, 0 on "
-        "rejected; by a model trained with DPO; or as controls shuffled in a response, prompts swapped [%(default)s]")
+    add("--token-rewards", choices=("contrastive", "sft", "dpo", "shuffled", "swapped"), default="contrastive",
+        help="by contrastive prompts; 1 on chosen, 0 on rejected; by a model trained with DPO; or, as controls, shuffled "
+        "in a response, prompts swapped [%(default)s]")
     add("--prompts", default="auto", help="answer, revise, your .json file, or auto: the better of the two [auto]")
     add("--check-prompts", action="store_true", help="only measure how well the prompts tell chosen from rejected")
     add("--reward-model", help="model with the same tokenizer that writes the token rewards [--model, untrained]")
@@ -879,8 +868,7 @@ def read_prompts(name):
     """--prompts -> {name: templates}, of all PROMPTS for "auto", or of one, perhaps from a .json file."""
     if name == "auto" or name in PROMPTS:
         return PROMPTS if name == "auto" else {name: PROMPTS[name]}
-    with explain(f"--prompts {name}: must be auto, {' or '.join(PROMPTS)}, or a .json file with the texts better and worse",
-                 "write it so"):
+    with explain(f"--prompts {name}: must be auto, {', '.join(PROMPTS)} or a .json file", "it needs better and worse"):
         style = json.loads(Path(name).read_bytes())
         style = {side: read_text(style[side], side, f"--prompts {name}") for side in ("better", "worse")}
     for side in style:
@@ -891,8 +879,8 @@ def read_prompts(name):
 
 def load_model(name, flag, device, checkpointing=False):
     """-> (model with float32 weights and no dropout, tokenizer with a chat template), from a folder or the hub."""
-    with explain(f"{flag} {name}: cannot be loaded", "name a folder that save_pretrained wrote, model and tokenizer, or a "
-                 "hub name where the hub can be reached"):
+    with explain(f"{flag} {name}: cannot be loaded", "name a folder that save_pretrained wrote, model and tokenizer, "
+                 "or a hub name where the hub can be reached"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # unset, it would ask
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(  # float32: see plain_logps
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
@@ -924,6 +912,7 @@ def load_models(s):
     for flag, name in ("--model", s.model), ("--reward-model", s.reward_model):
         need(not name or not Path(name).exists() and name[0] not in "./~" or Path(name, "config.json").is_file(),
              f"{flag} {name}: is no model folder; it must be there and hold a config.json")
+    scorer, other = load_model(s.reward_model, "--reward-model", s.device) if s.reward_model else (None, None)
     if s.model:
         model, tokenizer = load_model(s.model, "--model", s.device, s.gradient_checkpointing)
     else:
@@ -931,15 +920,13 @@ def load_models(s):
         need(warm, f"--data {s.data}: has no warmup split to make the tiny model from; name a --model")
         model, tokenizer = make_tiny(warm, s.seed, s.warm_steps)
         model.to(s.device)
-    size, scorer = model.num_parameters(), None
+    need(not scorer or other.get_vocab() == tokenizer.get_vocab(),
+         f"--reward-model {s.reward_model}: has another tokenizer than --model; name another")
+    size = model.num_parameters()
     vars(s).update(vars(settle(s, model)))
     print(f"model: {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, learning rate {s.lr}, on {s.device}")
     if s.lr > 1e-5 and size > 1e8:
         print(f"warning: --lr {s.lr} is one for adapters; to train all of this model, try {default_lr(size)}")
-    if s.reward_model:
-        scorer, other = load_model(s.reward_model, "--reward-model", s.device)
-        need(other.get_vocab() == tokenizer.get_vocab(),
-             f"--reward-model {s.reward_model}: has another tokenizer than --model; name another")
     for each in (model, scorer or model):
         config = each.config.get_text_config()
         s.max_length = min(s.max_length, getattr(config, "max_position_embeddings", s.max_length))
@@ -1012,17 +999,20 @@ def save_settings(out, settings):
 @contextlib.contextmanager
 def measure(name, device, summary):
     """Write a phase's seconds, CPU seconds, computed positions and the peak memory so far into summary."""
-    seconds, cpu_seconds, tokens = time.perf_counter(), time.process_time(), response_logps.positions
-    yield  # a phase ends when its results are on the CPU: no work of the GPU is left out
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-              if device == "cpu" else torch.cuda.max_memory_allocated(device))
-    summary |= {f"{name}_seconds": time.perf_counter() - seconds, f"{name}_cpu_seconds": time.process_time() - cpu_seconds,
+    seconds, cpu, tokens = time.perf_counter(), time.process_time(), response_logps.positions
+    yield
+    if device == "cuda":
+        torch.cuda.synchronize()
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    summary |= {f"{name}_seconds": time.perf_counter() - seconds, f"{name}_cpu_seconds": time.process_time() - cpu,
                 f"{name}_tokens": response_logps.positions - tokens, f"{name}_peak_memory_bytes": memory,
                 "peak_memory_bytes": memory}
 
 def prepare(s, summary, out=None):
-    """-> (model, tokenizer, judge or None, annotated pairs for training, the same for evaluation). With a folder out
-    settings and annotation are kept there. None after --check-prompts."""
+    """-> (model, tokenizer, judge or None, annotated pairs for training, the same for evaluation), with a folder out
+    also kept there; or, after --check-prompts, None."""
     texts = load_data(s)
     model, tokenizer, scorer = load_models(s)
     errors = judge(sum(texts.values(), []))
@@ -1104,13 +1094,14 @@ def compare(s, out):
             need(test, f"{s.data}: --compare needs pairs to evaluate on; see --split and --holdout")
             start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
             for name in left:
-                variant, summary = settle(s, model, seed=seed, max_length=one.max_length, **rows[name]), {}
+                variant, summary = settle(one, model, **rows[name]), {}
                 with measure("train", s.device, summary):
                     annotated = replace_rewards(model, pairs + test, len(pairs), variant)
                     curves[name] = train(model, annotated[:len(pairs)], variant)
                 shown[name] = annotated[len(pairs):]
                 result, _, each = evaluate(model, tokenizer, shown[name], variant, errors)
-                lines.append({"row": name, "seed": seed, "base": BASES[variant.algorithm], **result, **summary, "each": each})
+                result |= {"row": name, "seed": seed, "base": BASES[variant.algorithm], "each": each}
+                lines.append({**result, **summary})
                 write(path, as_lines(lines))
                 model.load_state_dict(start)
                 progress.update()
@@ -1173,8 +1164,8 @@ def run(s):
         history = train(model, pairs, s, out)
     after, new, _ = evaluate(model, tokenizer, test, s, errors)
     for phase in ("annotate", "train"):
-        print("{}: {:.1f} s, {:,} tokens, peak memory {:.2f} GiB".format(phase, summary[f"{phase}_seconds"],
-              summary[f"{phase}_tokens"], summary[f"{phase}_peak_memory_bytes"] / 2**30))
+        seconds, tokens, memory = (summary[f"{phase}_{what}"] for what in ("seconds", "tokens", "peak_memory_bytes"))
+        print(f"{phase}: {seconds:.1f} s, {tokens:,} tokens, peak memory {memory / 2**30:.2f} GiB")
     if model.generation_config.temperature not in (None, 1.0) or model.generation_config.top_p not in (None, 1.0):
         model.generation_config.do_sample = True  # transformers 4 would not save the contradiction
     with saving(out):
