@@ -181,9 +181,9 @@ def read_rows(source, split):
             yield f"{path}:{unit}{line}", row
     except UserError:
         raise
-    except Exception as error:  # gzip, csv, json and Arrow each have their own; not explain, for the line changes
-        raise UserError(f"{path}:{unit}{line}: here or after it not valid {kind}, or not UTF-8: mend the file or write "
-                        f"it again ({one_line(error)})") from None
+    except Exception as error:  # gzip, csv, json and Arrow each have their own; not by explain, for the line moves on
+        place = f"{path}:{unit}{line}: here or after it not valid {kind}, or not UTF-8"
+        raise UserError(f"{place} ({one_line(error)}); mend the file or write it again") from None
     need(count, f"{path}: holds no rows; a row has prompt, chosen and rejected")
 
 def read_text(value, name, where, blank=False):
@@ -487,7 +487,7 @@ def pair_accuracy(pairs):
 METRICS = ("loss", "margin", "accuracy", "weight", "agreement", "chosen_logps", "rejected_logps")
 
 def losses(model, pairs, s):
-    """-> (loss (B,), the METRICS of each pair (B, 7), logps (2B, T), chosen rows first) of one forward pass."""
+    """-> (loss (B,), METRICS of each pair (B, 7), learned credit log π − log π_ref (2B, T), chosen rows first)."""
     logps, mask = plain_logps(model, pairs, s.dtype)
     ref_logps, hats = (padded(pairs, name, logps.device) for name in ("ref_logps", "token_rewards"))
     # an algorithm is its implicit rewards: all that follows is the same
@@ -497,7 +497,7 @@ def losses(model, pairs, s):
     accuracy = 0.5 + 0.5 * torch.sign(margin + s.gamma)  # is the chosen response's reward the higher? a tie counts ½
     agreement = sum((rewards * hats).sum(-1).chunk(2))
     metrics = loss, margin, accuracy, torch.sigmoid(-margin), agreement, *logps.sum(-1).chunk(2)  # as in METRICS
-    return loss, torch.stack(metrics, 1).detach(), logps
+    return loss, torch.stack(metrics, 1).detach(), logps.detach() - ref_logps
 
 def schedule(step, total):
     """Share of the learning rate: 10 % linear warm-up, then half a cosine down to 0, as the paper has it."""
@@ -653,14 +653,14 @@ SAMPLES = 4  # responses drawn for each prompt that has a judge
 @torch.no_grad()
 def evaluate(model, tokenizer, pairs, s, errors=None):
     """-> (metrics of annotated pairs, three samples, the share of perfect responses or else accuracy of each pair).
-    Writes the learned credit log π − log π_ref to the pairs."""
+    Writes the learned credit to the pairs."""
     if not pairs:
         return {}, [], []
     rows = []
     for pack in packs(pairs, s.batch_size):
-        _, metrics, logps = losses(model, pack, s)
+        _, metrics, credit = losses(model, pack, s)
         rows.append(metrics.cpu())
-        set_columns(pack, "credit", logps - padded(pack, "ref_logps", logps.device))
+        set_columns(pack, "credit", credit)
     rows = dict(zip(METRICS, torch.cat(rows).double().numpy().T))
     result, each = {name: float(rows[name].mean()) for name in ("accuracy", "margin")}, rows["accuracy"]
     result["credit_auroc"], result["credit_auroc_pooled"] = auroc(pairs, "credit")
@@ -807,8 +807,8 @@ def number(kind, low, high=10**12):
     return parse
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="treg.py", description="T-REG. Without arguments: make a tiny model, train it, "
-                                     "show what changed. Defaults are in [].")
+    parser = argparse.ArgumentParser(prog="treg.py", description="T-REG. Without arguments: make a tiny model, train "
+                                     "it, show what changed. Defaults are in [].")
     data, whole = str(Path(__file__).with_name("tiny_data.jsonl")), number(int, 1)
     share, positive = number(float, 0), number(float, 1e-12)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -818,7 +818,7 @@ def parse(argv):
     add("--warm-steps", type=whole, default=2000, help="warm-up of the tiny model [%(default)s]")
     add("--data", default=data, help=".json, .jsonl, .csv or .parquet file, or hub data set [tiny_data.jsonl]")
     add("--max-pairs", type=whole, help="train on at most this many pairs")
-    add("--on-policy", type=number(int, 2), metavar="K", help="train on best and worst, by the judge, of K samples each")
+    add("--on-policy", type=number(int, 2), metavar="K", help="train on the judge's best and worst of K samples each")
     add("--split", default="test", help="split of the data to evaluate on [%(default)s]")
     add("--holdout", type=held, default=0.1, help="number or share of pairs to evaluate on without it [%(default)s]")
     add("--max-length", type=number(int, 8), default=1024, help="longer pairs are dropped; in tokens [%(default)s]")
@@ -830,8 +830,8 @@ def parse(argv):
     add("--weighting", choices=("sequence", "static"), default="sequence", help="the loss's own, or 1/2 [%(default)s]")
     add = parser.add_argument_group("the token rewards").add_argument
     add("--token-rewards", choices=("contrastive", "sft", "dpo", "shuffled", "swapped"), default="contrastive",
-        help="by contrastive prompts; 1 on chosen, 0 on rejected; by a model trained with DPO; or, as controls, shuffled "
-        "in a response, prompts swapped [%(default)s]")
+        help="by contrastive prompts; 1 on chosen, 0 on rejected; by a model trained with DPO; or, as controls, "
+        "shuffled in a response, prompts swapped [%(default)s]")
     add("--prompts", default="auto", help="answer, revise, your .json file, or auto: the better of the two [auto]")
     add("--check-prompts", action="store_true", help="only measure how well the prompts tell chosen from rejected")
     add("--reward-model", help="model with the same tokenizer that writes the token rewards [--model, untrained]")
