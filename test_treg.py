@@ -604,8 +604,7 @@ def test_annotate_gives_a_tokenizer_without_a_template_the_plain_layout():
 
 def test_hub_data_sets_keep_their_splits(monkeypatch):
     rows = {split: [{"prompt": "p", "chosen": f"{split} {i}", "rejected": "r"} for i in range(3)] for split in ("train", "test")}
-    monkeypatch.setattr(treg, "get_dataset_split_names", lambda name: list(rows))
-    monkeypatch.setattr(treg, "load_dataset", lambda name, split: rows[split])
+    monkeypatch.setattr(treg, "load_dataset", lambda name: rows)
     for split in rows:
         pairs = treg.load_pairs("someone/pairs", split)
         assert [pair["chosen"] for pair in pairs] == [f"{split} {i}" for i in range(3)]
@@ -1218,13 +1217,13 @@ def test_mistake_is_named_before_a_model_is_loaded(files, argv, says, tmp_path, 
 
 
 @pytest.mark.parametrize("splits, says", [(ConnectionError("off\nline"), "no such file.*off line"),
-                                          (["train_prefs"], "only train_prefs")], ids=["no such data set", "no train split"])
+                                          ({"train_prefs": []}, "only train_prefs")], ids=["no such data set", "no train split"])
 def test_data_that_is_no_file_is_asked_of_the_hub(splits, says, capsys, monkeypatch):
-    def names(_):
+    def load(_):
         if isinstance(splits, Exception):
             raise splits
         return splits
-    monkeypatch.setattr(treg, "get_dataset_split_names", names)
+    monkeypatch.setattr(treg, "load_dataset", load)
     assert re.match(f"--data some/data: .*{says}", error_of(capsys, "--model", "m", "--data", "some/data"))
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import get_dataset_split_names, load_dataset
+from datasets import load_dataset
 from pyarrow.parquet import ParquetFile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
@@ -150,9 +150,9 @@ def read_rows(source, split):
     path, kind = Path(source), source.removesuffix(".gz").rpartition(".")[2]
     if kind not in FILES and not path.exists():
         with explain(f"--data {source}: no such file, and the hub does not give it", "see whether it can be reached"):
-            splits = get_dataset_split_names(source)
+            splits = load_dataset(source)
             need(split in splits or split != "train", f"--data {source}: has no split train, only {', '.join(splits)}")
-            for line, row in enumerate(load_dataset(source, split=split) if split in splits else (), 1):
+            for line, row in enumerate(splits.get(split, ()), 1):
                 yield f"{source}:row {line}", {**row, "split": split}
         return
     why = "is a folder" if path.is_dir() else "unknown ending" if path.exists() else "no such file"
@@ -648,8 +648,6 @@ def sample(model, tokenizer, pairs, seed):
         texts += [tokenizer.decode(row[:row.index(end)] if end in row else row) for row in new]
     return texts
 
-SAMPLES = 4  # responses drawn for each prompt that has a judge
-
 @torch.no_grad()
 def evaluate(model, tokenizer, pairs, s, errors=None):
     """-> (metrics of annotated pairs, three samples, the share of perfect responses or else accuracy of each pair).
@@ -665,7 +663,7 @@ def evaluate(model, tokenizer, pairs, s, errors=None):
     result, each = {name: float(rows[name].mean()) for name in ("accuracy", "margin")}, rows["accuracy"]
     result["credit_auroc"], result["credit_auroc_pooled"] = auroc(pairs, "credit")
     result["token_reward_auroc"], result["token_reward_auroc_pooled"] = auroc(pairs, "token_rewards")
-    drawn = SAMPLES if errors else 1
+    drawn = 4 if errors else 1  # responses to each prompt: for the judge, or one to look at
     shown = [pair for pair in (pairs if errors else pairs[:3]) for _ in range(drawn)]
     texts = sample(model, tokenizer, shown, s.seed)
     if errors:
@@ -1040,7 +1038,6 @@ def prepare(s, summary, out=None):
     every = sum(pair[name].size for pair in pairs for name in pair if name.endswith("_ids"))
     plain = sum(pair[name].size for pair in data["train"] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     print(f"time: about {seconds * (every + 3 * epochs * plain) / 60:.1f} minutes")  # 3: forward, and twice backward
-
     if out:
         state = {"torch": torch.__version__, "transformers": transformers.__version__, "style": style, "pairs":
                  checksum(pair[name] for pair in pairs for name in sorted(pair) if name.endswith("_ids"))}
@@ -1153,12 +1150,11 @@ def run(s):
         return print(f"{out}: this run is finished; its results are in summary.json")
     need(not out.exists() or not any(out.iterdir()) or s.resume and (out / "settings.json").exists(),
          f"--out {out}: is not empty; name a new folder, or one that holds a run and --resume")
-    if s.compare and not s.check_prompts:
+    if s.check_prompts:
+        return prepare(s, summary)
+    if s.compare:
         return compare(s, out)
-    prepared = prepare(s, summary, out)
-    if prepared is None:
-        return
-    model, tokenizer, errors, pairs, test = prepared
+    model, tokenizer, errors, pairs, test = prepare(s, summary, out)
     before, old, _ = evaluate(model, tokenizer, test, s, errors)
     with measure("train", s.device, summary):
         history = train(model, pairs, s, out)
