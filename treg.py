@@ -22,17 +22,16 @@ Sections: 1 prompts, 2 token rewards, 3 implicit rewards and the loss (the paper
 Shapes: B pairs (or rows), T response tokens including the end token. Everything per token is (B, T), column t is
 response token t, and a mask says where a response has a token. Logs are natural; a reward has the unit of β · nats.
 """
-import argparse, contextlib, csv, functools, gzip, html, inspect, io, itertools, json  # noqa: E401
-import math, os, re, resource, signal, sys, time, zlib  # noqa: E401
+import argparse, collections, contextlib, csv, functools, gzip, html, inspect, io, itertools, json  # noqa: E401
+import math, os, re, resource, signal, sys, time, zipfile, zlib  # noqa: E401
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import get_dataset_split_names, load_dataset
+from datasets import load_dataset
 from pyarrow.parquet import ParquetFile
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -126,42 +125,52 @@ def need(condition, message):
 def one_line(error):
     return " ".join(str(error).split())[:160] or type(error).__name__
 
+@contextlib.contextmanager
+def explain(what, hint):
+    """Within it an error of a library's becomes the user's, in one line: what failed, why, and what to do."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every library has its own
+        raise UserError(f"{what} ({one_line(error)}); {hint}") from None
+
 def load_pairs(source, split="train"):
     """-> list of pairs from a .json, .jsonl, .csv or .parquet file (.gz too), else from a hub data set.
 
     Rows that name another split are left out; rows that name none are "train". A pair is a dict: prompt, a text or a
     list of {role, content}; chosen and rejected, texts; where, "file:line"; and if the row has them keywords and
-    chosen_errors, rejected_errors, character spans of bad text. UserError names the line of a bad row.
-    """
+    chosen_errors, rejected_errors, character spans of bad text. UserError names the line of a bad row."""
     rows = bar(read_rows(str(source), split), desc="read", unit=" rows")
     return [read_pair(row, where) for where, row in rows
             if not isinstance(row, dict) or (row.get("split") or "train") == split]
 
 def read_rows(source, split):
     """Yield (where, row) for every row of a file, or of this split of a hub data set."""
-    path, kind, line, count = Path(source), source.removesuffix(".gz").rpartition(".")[2], 0, 0
-    hub = kind not in FILES and not path.exists()
-    why = "is a folder" if path.is_dir() else "unknown ending" if path.exists() else "no such file"
-    need(hub or path.is_file() and kind in FILES, f"{path}: {why}; name a .json, .jsonl, .csv or .parquet file")
-    try:
-        file = None if hub else (gzip.open if path.suffix == ".gz" else open)(path, "rb")
-        if hub:
-            splits = get_dataset_split_names(source)
+    path, kind = Path(source), source.removesuffix(".gz").rpartition(".")[2]
+    if kind not in FILES and not path.exists():
+        with explain(f"--data {source}: no such file, and the hub does not give it", "see whether it can be reached"):
+            splits = load_dataset(source)
             need(split in splits or split != "train", f"--data {source}: has no split train, only {', '.join(splits)}")
-            rows = ({**row, "split": split} for row in (load_dataset(source, split=split) if split in splits else ()))
-        elif kind == "parquet":  # by Arrow, on which datasets rests: datasets may read its own copy of an older file
-            rows = (row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist())
+            for line, row in enumerate(splits.get(split, ()), 1):
+                yield f"{source}:row {line}", {**row, "split": split}
+        return
+    why = "is a folder" if path.is_dir() else "unknown ending" if path.exists() else "no such file"
+    need(path.is_file() and kind in FILES, f"{path}: {why}; name a .json, .jsonl, .csv or .parquet file")
+    line, count, unit = 0, 0, "" if kind == "jsonl" else "row "
+    try:
+        file = rows = (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+        if kind == "parquet":  # by Arrow, on which datasets rests: datasets may read its own copy of an older file
+            rows = ParquetFile(file).read().to_pylist()
         elif kind == "csv":  # the standard library leaves every cell the text that it is, "NA" and "007" too
             csv.field_size_limit(sys.maxsize)
             text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-            cells = filter(None, csv.reader(text, strict=True))
-            header = next(cells, [])
-            rows = (dict(itertools.zip_longest(header, row)) for row in cells)
-        else:  # the lines of .jsonl as bytes, so that only a newline ends one
-            rows = json.load(file) if kind == "json" else file
+            rows = csv.DictReader(itertools.dropwhile(str.isspace, text), strict=True)
+        elif kind == "json":
+            rows = json.load(file)
             need(not isinstance(rows, dict), f"{path}: must hold one list; a file with a row a line is .jsonl")
         for line, row in enumerate(rows, 1):
-            if kind == "jsonl":
+            if kind == "jsonl":  # lines as bytes, so that only a newline ends one
                 if not row.strip(b"\xef\xbb\xbf \t\r\n"):
                     continue
                 row = json.loads(row)
@@ -169,18 +178,16 @@ def read_rows(source, split):
                 need(None not in row, f"{path}:row {line}: more cells than columns; quote cells that hold commas")
                 row = {name: cell for name, cell in row.items() if cell}
             count += 1
-            yield f"{path}:{line}" if kind == "jsonl" else f"{source}:row {line}", row
+            yield f"{path}:{unit}{line}", row
     except UserError:
         raise
-    except Exception as error:  # gzip, csv, json, Arrow and the hub each have their own
-        place = f"{path}:{'' if kind == 'jsonl' else 'row '}{line}: here or after it not valid {kind}, or not UTF-8"
-        hint = "no such file, and the hub does not give it" if hub else "mend the file or write it again"
-        raise UserError(f"{f'--data {source}' if hub else place}: {hint} ({one_line(error)})") from None
-    need(count or hub, f"{path}: holds no rows; a row has prompt, chosen and rejected")
+    except Exception as error:  # gzip, csv, json and Arrow each have their own; not by explain, for the line moves on
+        place = f"{path}:{unit}{line}: here or after it not valid {kind}, or not UTF-8"
+        raise UserError(f"{place} ({one_line(error)}); mend the file or write it again") from None
+    need(count, f"{path}: holds no rows; a row has prompt, chosen and rejected")
 
 def read_text(value, name, where, blank=False):
-    need(isinstance(value, str), f"{where}: {name} must be text, is "
-         + ("missing" if value is None else type(value).__name__))
+    need(isinstance(value, str), f"{where}: {name} is missing, or is not text")
     need(blank or value.strip(), f"{where}: {name} is blank; give it text or take the row out")
     need(not re.search("[\ud800-\udfff]", value), f"{where}: {name} holds what is no character; save it as UTF-8")
     return value
@@ -266,7 +273,7 @@ def render(tokenizer, messages, **options):
         if messages[0]["role"] != "system" or len(messages) < 2:
             raise ValueError(f"the chat template refuses it: {one_line(error)}") from None
         user = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-        return tokenizer.apply_chat_template([user, *messages[2:]], tokenize=False, **options)
+        return render(tokenizer, [user, *messages[2:]], **options)
 
 def prompt_ids(tokenizer, messages):
     # the template writes the BOS if the model wants one; a second by the tokenizer is a classic mistake
@@ -297,31 +304,26 @@ def encode(tokenizer, pairs, max_length, style=None):
 
     Adds prompt_ids, chosen_ids, rejected_ids, with a style chosen_better_ids and so on (both sides, both contrastive
     prompts), with error spans chosen_good and rejected_good. A pair is dropped if its responses are the same, or if
-    its longest prompt and response have more than max_length tokens together: a cut could change who won.
-    """
-    end, encoded, same, long = end_token(tokenizer), [], 0, 0
+    its longest prompt and response have more than max_length tokens together: a cut could change who won."""
+    end, encoded, dropped = end_token(tokenizer), [], collections.Counter()
     for pair in bar(pairs, desc="encode", unit=" pairs"):
         messages = as_messages(pair["prompt"])
-        forms = {"prompt_ids": messages}
-        for side in SIDES if style else ():
-            better, worse = contrastive_prompts(messages, pair[side], style)
-            forms |= {f"{side}_better_ids": better, f"{side}_worse_ids": worse}
-        try:
-            prompts = {name: prompt_ids(tokenizer, form) for name, form in forms.items()}
-        except ValueError as error:  # such as roles that do not alternate
-            raise UserError(f"{pair['where']}: {error}; take the row out") from None
+        with explain(f"{pair['where']}: cannot be encoded", "take the row out"):  # such as roles that do not alternate
+            prompts = {"prompt_ids": prompt_ids(tokenizer, messages)}
+            for side in SIDES if style else ():
+                for form, text in zip(("better", "worse"), contrastive_prompts(messages, pair[side], style)):
+                    prompts[f"{side}_{form}_ids"] = prompt_ids(tokenizer, text)
         responses = {f"{side}_ids": response_ids(tokenizer, pair[side], end) for side in SIDES}
         if responses["chosen_ids"] == responses["rejected_ids"]:
-            same += 1
+            dropped["chosen and rejected are the same"] += 1
         elif max(map(len, prompts.values())) + max(map(len, responses.values())) > max_length:
-            long += 1
+            dropped[f"longer than {max_length} tokens"] += 1
         else:  # the labels end where response_ids took end tokens off the text
             good = {f"{side}_good": good_tokens(tokenizer, pair[side], pair[f"{side}_errors"])
                     [:len(responses[f"{side}_ids"]) - 1] for side in SIDES if f"{side}_errors" in pair}
             ids = {name: np.array(value, np.int32) for name, value in {**prompts, **responses}.items()}
             encoded.append({**pair, **ids, **good})
-    report = {"chosen and rejected are the same": same, f"longer than {max_length} tokens": long}
-    return encoded, "; ".join(f"{count} dropped: {what}" for what, count in report.items() if count)
+    return encoded, "; ".join(f"{count} dropped: {what}" for what, count in dropped.items())
 
 
 # -------------------------------------------------------------------------------------------------- 5 log-probs
@@ -331,8 +333,7 @@ def response_logps(model, prompts, responses):
     With model.shares_prompts (see share_prompts) all rows lie in one row without padding, sorted, and what a row has
     in common with the row before it is computed once: a prompt for both of its responses, an instruction for all. The
     tokens then form a tree written in depth-first order, so "j is an ancestor of i" is: j ≤ i < end of j's subtree.
-    Without it every row is computed by itself.
-    """
+    Without it every row is computed by itself."""
     device = next(model.parameters()).device
     rows = [prompt + response for prompt, response in zip(prompts, responses)]
     order = sorted(range(len(rows)), key=rows.__getitem__)
@@ -433,8 +434,7 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
 
     model: the untrained policy. style: a contrastive pair (see contrastive_prompts), or None for token rewards of 0.
     reward_model: π_eval, if it is not the reference itself. Reference log-probs are computed in dtype as training
-    does, so that π = π_ref at its start; token rewards in float32, because σ of a bfloat16 error is an error.
-    """
+    does, so that π = π_ref at its start; token rewards in float32, because σ of a bfloat16 error is an error."""
     if pairs and "prompt_ids" not in pairs[0]:
         pairs, dropped = encode(tokenizer, pairs, max_length, style)
         print(f"annotate: {dropped}" if dropped else "", end="\n" * bool(dropped))
@@ -487,7 +487,7 @@ def pair_accuracy(pairs):
 METRICS = ("loss", "margin", "accuracy", "weight", "agreement", "chosen_logps", "rejected_logps")
 
 def losses(model, pairs, s):
-    """-> (loss (B,), the METRICS of each pair (B, 7), logps (2B, T), chosen rows first) of one forward pass."""
+    """-> (loss (B,), METRICS of each pair (B, 7), learned credit log π − log π_ref (2B, T), chosen rows first)."""
     logps, mask = plain_logps(model, pairs, s.dtype)
     ref_logps, hats = (padded(pairs, name, logps.device) for name in ("ref_logps", "token_rewards"))
     # an algorithm is its implicit rewards: all that follows is the same
@@ -497,7 +497,7 @@ def losses(model, pairs, s):
     accuracy = 0.5 + 0.5 * torch.sign(margin + s.gamma)  # is the chosen response's reward the higher? a tie counts ½
     agreement = sum((rewards * hats).sum(-1).chunk(2))
     metrics = loss, margin, accuracy, torch.sigmoid(-margin), agreement, *logps.sum(-1).chunk(2)  # as in METRICS
-    return loss, torch.stack(metrics, 1).detach(), logps
+    return loss, torch.stack(metrics, 1).detach(), logps.detach() - ref_logps
 
 def schedule(step, total):
     """Share of the learning rate: 10 % linear warm-up, then half a cosine down to 0, as the paper has it."""
@@ -508,10 +508,7 @@ def schedule(step, total):
 
 def train(model, pairs, s, out=None):
     """Train model in place on annotated pairs. With a folder out: metrics.jsonl, checkpoints, and going on from one.
-
-    A step averages the loss over batch_size × accumulate pairs, however many forward passes that takes. -> a dict of
-    metrics for each step.
-    """
+    A step is the mean over batch_size × accumulate pairs, in any number of passes. -> a dict of metrics a step."""
     per_step = s.batch_size * s.accumulate
     per_epoch = math.ceil(len(pairs) / per_step)
     total = s.steps or s.epochs * per_epoch
@@ -522,8 +519,8 @@ def train(model, pairs, s, out=None):
     with stop_requests() as asked, steps:
         for step in steps:
             epoch, place = divmod(step, per_epoch)
-            if step == first or place == 0:  # a function of seed and epoch: a resumed run needs no random state
-                order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed + epoch)).tolist()
+            # a function of seed and epoch: a resumed run needs no random state
+            order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed + epoch))
             batch = [pairs[i] for i in order[place * per_step:(place + 1) * per_step]]
             sums = 0
             for pack in packs(batch, s.batch_size):
@@ -542,15 +539,11 @@ def train(model, pairs, s, out=None):
             steps.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['margin']:.3f}", refresh=False)
             stop = bool(asked)  # read once: a request that comes after this line waits for the next step
             if out:
-                save = stop or (step + 1) % s.save_every == 0 or step + 1 == total
                 with saving(out / "metrics.jsonl"), open(out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                    if save:  # on the disk before the checkpoint is, lest a power cut leave a gap
-                        file.flush()
-                        os.fsync(file.fileno())
-                if save:
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-                    write(out / "checkpoint.pt", lambda path: torch.save(state, path))
+                    file.write(as_lines([row]))
+            if out and (stop or (step + 1) % s.save_every == 0 or step + 1 == total):
+                write(out / "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                              "history": history})
             if stop:
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; go on by --resume --out {s.out}")
     return history
@@ -566,42 +559,41 @@ def stop_requests():
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
-@contextlib.contextmanager
 def saving(path):
-    """A full disk, as files, torch and safetensors report it, is the user's to mend."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: not saved ({one_line(error)}); make room, then --resume: nothing is lost") from None
+    return explain(f"{path}: not saved", "make room, then --resume: nothing is lost")
 
-def write(path, save):
-    """save(temporary path) beside path, then rename: at any instant path is whole, the old one or the new one."""
+def as_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+def write(path, content):
+    """Write a text, or what torch.save takes, so that at any instant path is whole, the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with saving(path):
-            save(temporary)
+            temporary.write_text(content, "utf-8") if isinstance(content, str) else torch.save(content, temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
+def read(path, device="cpu"):
+    """-> what write() gave to torch.save. torch.load alone does not see that a bit of it has changed."""
+    if zipfile.ZipFile(path).testzip():
+        raise ValueError("a checksum differs")
+    return torch.load(path, map_location=device, weights_only=True, mmap=True)
+
 def resume(out, model, optimizer):
-    """Load out's checkpoint, if it has one, and cut later lines from metrics.jsonl. -> the lines of the steps done."""
-    path, log, step = out / "checkpoint.pt", out / "metrics.jsonl", 0
+    """Load out's checkpoint, if it has one, and let metrics.jsonl end where it does. -> the metrics of each step."""
+    path, history = out / "checkpoint.pt", []
     if path.exists():
-        try:
-            state = torch.load(path, map_location=model.device, weights_only=True, mmap=True)
+        with explain(f"{path}: damaged", "without it --resume starts anew"):
+            state = read(path, model.device)
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            step = state["step"]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise UserError(f"{path}: damaged ({one_line(error)}); without it --resume starts anew") from None
-    lines = log.read_text().splitlines(keepends=True)[:step] if log.exists() else []
-    write(log, lambda path: path.write_text("".join(lines)))
-    return [json.loads(line) for line in lines]
+            history = state["history"]
+    write(out / "metrics.jsonl", as_lines(history))
+    return history
 
 
 # ------------------------------------------------------------------------------------------- 8 evaluate and show
@@ -624,7 +616,9 @@ def auroc(pairs, name):
 
 def judge(pairs):
     """-> errors(text, keywords) for data whose keywords stand for slots: how many of the keywords text lacks, and at
-    least 1 if its shape, the text with its slots left open, is none of the data's responses'."""
+    least 1 if its shape, the text with its slots left open, is none of the data's responses'. None without keywords."""
+    if not all("keywords" in pair for pair in pairs):
+        return None
     slots = {word: f"<{i}>" for pair in pairs for i, word in enumerate(pair["keywords"])}
 
     def shape(text):
@@ -639,8 +633,7 @@ def judge(pairs):
 
 @torch.no_grad()
 def sample(model, tokenizer, pairs, seed):
-    """-> one response a pair, drawn from the model as it is (temperature 1, no top-k), by at most 8 tokens longer
-    than the longest chosen one."""
+    """-> one response a pair, drawn from the model as it is, at most 8 tokens longer than the longest chosen one."""
     end, texts, most = end_token(tokenizer), [], max(len(pair["chosen_ids"]) for pair in pairs) + 8
     torch.manual_seed(seed)
     for start in bar(range(0, len(pairs), 128), desc="sample", unit=" batches"):
@@ -655,26 +648,22 @@ def sample(model, tokenizer, pairs, seed):
         texts += [tokenizer.decode(row[:row.index(end)] if end in row else row) for row in new]
     return texts
 
-SAMPLES = 4  # responses drawn for each prompt that has a judge
-
 @torch.no_grad()
 def evaluate(model, tokenizer, pairs, s, errors=None):
-    """-> (metrics of model on annotated pairs, samples, the share of perfect responses or else accuracy of each pair).
-
-    Writes the learned credit log π − log π_ref to the pairs.
-    """
+    """-> (metrics of annotated pairs, three samples, the share of perfect responses or else accuracy of each pair).
+    Writes the learned credit to the pairs."""
     if not pairs:
         return {}, [], []
     rows = []
     for pack in packs(pairs, s.batch_size):
-        _, metrics, logps = losses(model, pack, s)
+        _, metrics, credit = losses(model, pack, s)
         rows.append(metrics.cpu())
-        set_columns(pack, "credit", logps - padded(pack, "ref_logps", logps.device))
+        set_columns(pack, "credit", credit)
     rows = dict(zip(METRICS, torch.cat(rows).double().numpy().T))
     result, each = {name: float(rows[name].mean()) for name in ("accuracy", "margin")}, rows["accuracy"]
     result["credit_auroc"], result["credit_auroc_pooled"] = auroc(pairs, "credit")
     result["token_reward_auroc"], result["token_reward_auroc_pooled"] = auroc(pairs, "token_rewards")
-    drawn = SAMPLES if errors else 1
+    drawn = 4 if errors else 1  # responses to each prompt: for the judge, or one to look at
     shown = [pair for pair in (pairs if errors else pairs[:3]) for _ in range(drawn)]
     texts = sample(model, tokenizer, shown, s.seed)
     if errors:
@@ -708,18 +697,18 @@ def show(before, after, samples, pair, tokenizer):
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>T-REG</title>
 <style>:root {{ color-scheme: light dark }} body {{ font: 16px/1.6 sans-serif; max-width: 72em; margin: 2em auto;
-padding: 0 1em }}
-pre {{ overflow-x: auto }} svg {{ margin: 0 1em 1em 0 }} text {{ fill: currentColor; font-size: 12px }}
-polyline {{ fill: none; stroke-width: 1.5 }} .bad {{ text-decoration: underline wavy }} th {{ text-align: left;
-font-weight: normal; white-space: nowrap; vertical-align: top; padding-right: 1em }} td span {{ white-space: pre-wrap }}
+padding: 0 1em }} pre {{ overflow-x: auto }} svg {{ margin: 0 1em 1em 0 }} polyline {{ fill: none; stroke-width: 1.5 }}
+text {{ fill: currentColor; font-size: 12px }} .bad {{ text-decoration: underline wavy }}
+td span {{ white-space: pre-wrap }}
+th {{ text-align: left; font-weight: normal; white-space: nowrap; vertical-align: top; padding-right: 1em }}
 </style><h1>T-REG</h1>{}</html>"""
 
 def report(path, curves, table, pairs, tokenizer, layers):
     """Write one self-contained page: learning curves {name: history}, the table, and the tokens of both responses of
     pairs, coloured by each of layers {label: column}, labelled errors underlined, values on hover."""
-    parts = [f"<pre>{html.escape(table)}</pre><p>"]
     hues = {name: f"hsl({360 * i // len(curves)} 65% 50%)" for i, name in enumerate(curves)}
-    parts += [f'<b style="color:{hue}">{html.escape(name)}</b> ' for name, hue in hues.items()] + ["</p>"]
+    names = " ".join(f'<b style="color:{hue}">{html.escape(name)}</b>' for name, hue in hues.items())
+    parts = [f"<pre>{html.escape(table)}</pre><p>{names}</p>"]
     for metric in ("loss", "margin", "accuracy", "chosen_logps"):
         values = [row[metric] for history in curves.values() for row in history] or [0.0]
         low, span, lines = min(values), max(values) - min(values) or 1.0, ""
@@ -742,7 +731,7 @@ def report(path, curves, table, pairs, tokenizer, layers):
                              f"{html.escape(tokenizer.decode([token]))}</span>")
             parts.append("</td></tr>")
         parts.append("</table>")
-    write(path, lambda path: path.write_text(PAGE.format("".join(parts)), "utf-8"))
+    write(path, PAGE.format("".join(parts)))
 
 
 # ----------------------------------------------------------------------------------------------- 9 the tiny model
@@ -816,19 +805,18 @@ def number(kind, low, high=10**12):
     return parse
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="treg.py", description="Preference optimisation with token-level reward "
-        "regularisation. Without arguments: make a tiny model, train it, show what changed. Defaults are in [].")
+    parser = argparse.ArgumentParser(prog="treg.py", description="T-REG. Without arguments: make a tiny model, train "
+                                     "it, show what changed. Defaults are in [].")
     data, whole = str(Path(__file__).with_name("tiny_data.jsonl")), number(int, 1)
     share, positive = number(float, 0), number(float, 1e-12)
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     held = lambda text: (number(float, 0, 0.99) if "." in text else number(int, 0))(text)  # noqa: E731
-    rewards = ("contrastive", "sft", "dpo", "shuffled", "swapped")
     add = parser.add_argument_group("what is trained").add_argument
     add("--model", help="folder or hub name of a causal language model [the tiny model]")
     add("--warm-steps", type=whole, default=2000, help="warm-up of the tiny model [%(default)s]")
     add("--data", default=data, help=".json, .jsonl, .csv or .parquet file, or hub data set [tiny_data.jsonl]")
     add("--max-pairs", type=whole, help="train on at most this many pairs")
-    add("--on-policy", type=number(int, 2), metavar="K", help="train on the best and the worst, by the judge, of K "
-        "responses that the untrained model samples to each prompt; for data with keywords")
+    add("--on-policy", type=number(int, 2), metavar="K", help="train on the judge's best and worst of K samples each")
     add("--split", default="test", help="split of the data to evaluate on [%(default)s]")
     add("--holdout", type=held, default=0.1, help="number or share of pairs to evaluate on without it [%(default)s]")
     add("--max-length", type=number(int, 8), default=1024, help="longer pairs are dropped; in tokens [%(default)s]")
@@ -837,11 +825,11 @@ def parse(argv):
     add("--alpha", type=share, default=0.25, help="strength of the regulariser; 0: plain DPO or SimPO [%(default)s]")
     add("--beta", type=positive, help="reward scale [dpo 0.1, simpo 2.5]")
     add("--gamma", type=share, help="target margin [dpo 0, simpo 1]")
-    add("--weighting", choices=("sequence", "static"), default="sequence", help="the regulariser's weight: that of the "
-        "preference loss's own gradient, or constant 1/2 [%(default)s]")
+    add("--weighting", choices=("sequence", "static"), default="sequence", help="the loss's own, or 1/2 [%(default)s]")
     add = parser.add_argument_group("the token rewards").add_argument
-    add("--token-rewards", choices=rewards, default="contrastive", help="by contrastive prompts; 1 on chosen, 0 on "
-        "rejected; by a model trained with DPO; or as controls shuffled in a response, prompts swapped [%(default)s]")
+    add("--token-rewards", choices=("contrastive", "sft", "dpo", "shuffled", "swapped"), default="contrastive",
+        help="by contrastive prompts; 1 on chosen, 0 on rejected; by a model trained with DPO; or, as controls, "
+        "shuffled in a response, prompts swapped [%(default)s]")
     add("--prompts", default="auto", help="answer, revise, your .json file, or auto: the better of the two [auto]")
     add("--check-prompts", action="store_true", help="only measure how well the prompts tell chosen from rejected")
     add("--reward-model", help="model with the same tokenizer that writes the token rewards [--model, untrained]")
@@ -860,7 +848,7 @@ def parse(argv):
     add("--lrs", type=positive, nargs="+", default=[], help="instead, the plain loss at each of these learning rates")
     add("--betas", type=positive, nargs="+", default=[], help="and at each of these reward scales")
     add = parser.add_argument_group("the machine").add_argument
-    add("--device", help="cpu or cuda [cuda if there is one]")
+    add("--device", choices=devices, default=devices[0], help="[cuda if there is one]")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of matrix products; other work fp32 [%(default)s]")
     add("--out", help="new folder for the model, metrics.jsonl and summary.json [runs/<time>]")
     add("--save-every", type=whole, default=200, help="steps between checkpoints [%(default)s]")
@@ -868,48 +856,39 @@ def parse(argv):
     s = parser.parse_args(argv)
     if s.resume and not s.out:
         parser.error("argument --resume: needs --out, the folder of the run to go on with")
-    if s.check_prompts and (not s.alpha or s.token_rewards != "contrastive"):
-        parser.error("argument --check-prompts: there are no prompts with --alpha 0 or other --token-rewards")
     for name, value in vars(s).items():
         if value == "":  # an unset variable of the shell's
             parser.error(f"argument --{name.replace('_', '-')}: is empty")
-    s.epochs = s.epochs or (1 if s.model else 3)
+    s.epochs, s.styles = s.epochs or (1 if s.model else 3), read_prompts(s.prompts)
     return s
 
 def read_prompts(name):
-    """--prompts -> "auto", a name in PROMPTS, or the templates of a .json file."""
+    """--prompts -> {name: templates}, of all PROMPTS for "auto", or of one, perhaps from a .json file."""
     if name == "auto" or name in PROMPTS:
-        return name
-    try:
+        return PROMPTS if name == "auto" else {name: PROMPTS[name]}
+    with explain(f"--prompts {name}: must be auto, {', '.join(PROMPTS)} or a .json file", "it needs better and worse"):
         style = json.loads(Path(name).read_bytes())
         style = {side: read_text(style[side], side, f"--prompts {name}") for side in ("better", "worse")}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"--prompts {name}: must be auto, {', '.join(PROMPTS)}, or a .json file with the texts "
-                        f'"better" and "worse" ({one_line(error)})') from None
     for side in style:
         need({"prompt"} <= {*re.findall(r"\{(\w*)\}", style[side])} <= {"prompt", "response"},
              f"--prompts {name}: {side} needs {{prompt}}, may have {{response}}, and no other field")
     need(style["better"] != style["worse"], f"--prompts {name}: better and worse must be different")
-    return style
+    return {name: style}
 
 def load_model(name, flag, device, checkpointing=False):
     """-> (model with float32 weights and no dropout, tokenizer with a chat template), from a folder or the hub."""
-    try:
+    with explain(f"{flag} {name}: cannot be loaded", "name a folder that save_pretrained wrote, model and tokenizer, "
+                 "or a hub name where the hub can be reached"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # unset, it would ask
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(  # float32: see plain_logps
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
-        missing = ", ".join(sorted(loaded["missing_keys"]))  # transformers would fill them with random numbers
-        need(not missing, f"weights missing: {missing}")
-        need(tokenizer("a", add_special_tokens=False)["input_ids"], "no tokenizer")
-        need(end_token(tokenizer) is not None, "no end token: set the tokenizer's eos_token")
-        rows = model.get_input_embeddings().weight.shape[0]
-        need(len(tokenizer) <= rows, f"its tokenizer has {len(tokenizer)} tokens, its model {rows}")
         model.to(device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"{flag} {name}: cannot be loaded ({one_line(error)}); name a folder that save_pretrained "
-                        "wrote, model and tokenizer, or a hub name where the hub can be reached") from None
+        end, rows = end_token(tokenizer), model.get_input_embeddings().weight.shape[0]
+    missing = ", ".join(sorted(loaded["missing_keys"]))  # transformers would fill them with random numbers
+    need(not missing, f"{flag} {name}: weights missing: {missing}")
+    need(tokenizer("a", add_special_tokens=False)["input_ids"], f"{flag} {name}: no tokenizer")
+    need(end is not None, f"{flag} {name}: no end token: set the tokenizer's eos_token")
+    need(len(tokenizer) <= rows, f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, its model {rows}")
     if checkpointing:  # not by transformers' switch, which wants training mode: dropout, and samples without a cache
         for module in model.modules():
             if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
@@ -926,37 +905,35 @@ def load_data(s):
     need(pairs, f"{s.data}: --holdout {s.holdout} and other splits leave no pair to train on")
     return {"train": pairs[:s.max_pairs], s.split: test}
 
-def load_models(s, device):
+def load_models(s):
     """-> (policy, tokenizer, reward model or None); completes the settings that depend on the policy."""
     for flag, name in ("--model", s.model), ("--reward-model", s.reward_model):
         need(not name or not Path(name).exists() and name[0] not in "./~" or Path(name, "config.json").is_file(),
              f"{flag} {name}: is no model folder; it must be there and hold a config.json")
+    scorer, other = load_model(s.reward_model, "--reward-model", s.device) if s.reward_model else (None, None)
     if s.model:
-        model, tokenizer = load_model(s.model, "--model", device, s.gradient_checkpointing)
+        model, tokenizer = load_model(s.model, "--model", s.device, s.gradient_checkpointing)
     else:
         warm = load_pairs(s.data, "warmup")
         need(warm, f"--data {s.data}: has no warmup split to make the tiny model from; name a --model")
         model, tokenizer = make_tiny(warm, s.seed, s.warm_steps)
-        model.to(device)
-    size, scorer = model.num_parameters(), None
+        model.to(s.device)
+    need(not scorer or other.get_vocab() == tokenizer.get_vocab(),
+         f"--reward-model {s.reward_model}: has another tokenizer than --model; name another")
+    size = model.num_parameters()
     vars(s).update(vars(settle(s, model)))
-    print(f"model: {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, learning rate {s.lr}, on {device}")
+    print(f"model: {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, learning rate {s.lr}, on {s.device}")
     if s.lr > 1e-5 and size > 1e8:
         print(f"warning: --lr {s.lr} is one for adapters; to train all of this model, try {default_lr(size)}")
-    if s.reward_model:
-        scorer, other = load_model(s.reward_model, "--reward-model", device)
-        need(other.get_vocab() == tokenizer.get_vocab(),
-             f"--reward-model {s.reward_model}: has another tokenizer than --model; name another")
     for each in (model, scorer or model):
         config = each.config.get_text_config()
         s.max_length = min(s.max_length, getattr(config, "max_position_embeddings", s.max_length))
     return model, tokenizer, scorer
 
-def choose_prompts(model, tokenizer, pairs, s, style, scorer):
-    """Measure a style, for "auto" each of PROMPTS, on up to 200 pairs, and print how they do. -> the best style."""
+def choose_prompts(model, tokenizer, pairs, s, scorer):
+    """Measure the styles that --prompts names on up to 200 pairs, and print how they do. -> the best style."""
     results = []
-    styles = {name: name for name in PROMPTS} if style == "auto" else {s.prompts: style}
-    for name, style in styles.items():
+    for name, style in s.styles.items():
         some, dropped = encode(tokenizer, pairs[:200], s.max_length, style)
         if not some:
             print(f"prompts {name}: no pair is left ({dropped})")
@@ -994,67 +971,59 @@ def checksum(arrays):
 
 def keep_annotation(path, pairs, make):
     """-> make()'s annotated pairs, kept in path for a resumed run, whose settings are the same or it is refused."""
-    names = [f"{side}_{name}" for side in SIDES for name in ("ref_logps", "token_rewards")]
+    names = [(f"{side}_{name}", f"{side}_ids") for side in SIDES for name in ("ref_logps", "token_rewards")]
     if not path.exists():
-        done = make()
-        flat = {name: torch.from_numpy(np.concatenate([pair[name] for pair in done])) for name in names}
-        state = {"columns": flat, "checksum": checksum(map(torch.Tensor.numpy, flat.values()))}
-        write(path, lambda path: torch.save(state, path))
-        return done
-    try:
-        state = torch.load(path, weights_only=True)
-        flat = state["columns"]
-        need(state["checksum"] == checksum(map(torch.Tensor.numpy, flat.values())), "its checksum differs")
-        lengths = {name: [len(pair[f"{name.split('_')[0]}_ids"]) for pair in pairs] for name in names}
-        rows = zip(*(flat[name].split(lengths[name]) for name in names))
-        return [{**pair, **{name: value.numpy() for name, value in zip(names, row)}} for pair, row in zip(pairs, rows)]
-    except Exception as error:
-        raise UserError(f"{path}: damaged ({one_line(error)}); without it --resume makes it again") from None
+        pairs = make()
+        flat = {name: torch.from_numpy(np.concatenate([pair[name] for pair in pairs])) for name, _ in names}
+        write(path, flat)
+        return pairs
+    with explain(f"{path}: damaged", "without it --resume makes it again"):
+        flat = read(path)
+        for name, ids in names:
+            for pair, value in zip(pairs, flat[name].split([len(pair[ids]) for pair in pairs])):
+                pair[name] = value.numpy()
+        return pairs
 
 def save_settings(out, settings):
     """Keep the settings of a new run; refuse to resume a run that had others, naming what differs."""
     path = out / "settings.json"
     if path.exists():
-        try:
+        with explain(f"{path}: damaged", "name another --out"):
             saved = json.loads(path.read_bytes())
-            saved["seed"]
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}: is damaged; name another --out") from None
-        changed = [f"{name} was {saved.get(name)} and is {value}" for name, value in settings.items()
-                   if saved.get(name) != value and name not in ("out", "resume", "save_every")]
+            changed = [f"{name} was {saved.get(name)} and is {value}" for name, value in settings.items()
+                       if saved.get(name) != value and name not in ("out", "resume", "save_every")]
         need(not changed, f"--resume: the run in {out} is another one: {'; '.join(changed)}")
     out.mkdir(parents=True, exist_ok=True)
-    write(path, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    write(path, json.dumps(settings, indent=2) + "\n")
 
 @contextlib.contextmanager
 def measure(name, device, summary):
     """Write a phase's seconds, CPU seconds, computed positions and the peak memory so far into summary."""
-    def now():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return np.array([time.perf_counter(), time.process_time(), response_logps.positions])
-
-    start = now()
+    seconds, cpu, tokens = time.perf_counter(), time.process_time(), response_logps.positions
     yield
-    seconds, cpu_seconds, tokens = (now() - start).tolist()
-    memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    summary |= {f"{name}_seconds": seconds, f"{name}_cpu_seconds": cpu_seconds, f"{name}_tokens": int(tokens),
-                f"{name}_peak_memory_bytes": memory, "peak_memory_bytes": memory}
+    if device == "cuda":
+        torch.cuda.synchronize()
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    summary |= {f"{name}_seconds": time.perf_counter() - seconds, f"{name}_cpu_seconds": time.process_time() - cpu,
+                f"{name}_tokens": response_logps.positions - tokens, f"{name}_peak_memory_bytes": memory,
+                "peak_memory_bytes": memory}
 
-def prepare(s, device, style, summary, out=None):
-    """-> (model, tokenizer, judge or None, annotated pairs for training, the same for evaluation). With a folder out
-    settings and annotation are kept there. None after --check-prompts."""
+def prepare(s, summary, out=None):
+    """-> (model, tokenizer, judge or None, annotated pairs for training, the same for evaluation), with a folder out
+    also kept there; or, after --check-prompts, None."""
     texts = load_data(s)
-    model, tokenizer, scorer = load_models(s, device)
-    errors = judge(sum(texts.values(), [])) if all("keywords" in p for pairs in texts.values() for p in pairs) else None
+    model, tokenizer, scorer = load_models(s)
+    errors = judge(sum(texts.values(), []))
     if s.on_policy:
         need(errors, f"--on-policy: {s.data} has no keywords for a judge to pick by")
         texts["train"] = on_policy(model, tokenizer, texts["train"], s, errors)
-    if not s.compare and (not s.alpha or s.token_rewards in ("sft", "dpo")):
+    style = next(iter(s.styles.values()))
+    if not s.compare and not s.check_prompts and (not s.alpha or s.token_rewards in ("sft", "dpo")):
         style = None
-    elif style == "auto" or s.check_prompts:
-        style = choose_prompts(model, tokenizer, texts["train"], s, style, scorer)
+    elif s.check_prompts or len(s.styles) > 1:
+        style = choose_prompts(model, tokenizer, texts["train"], s, scorer)
     if s.check_prompts:
         return None
     data = {}
@@ -1063,82 +1032,83 @@ def prepare(s, device, style, summary, out=None):
         need(data[split] or split != "train", f"{s.data}: no pair is left to train on ({dropped})")
         print(f"{split}: {len(data[split])} pairs" + f" ({dropped})" * bool(dropped))
     pairs, count = data["train"] + data[s.split], len(data["train"])
-    error, seconds = share_prompts(model, pairs)
-    if scorer:
-        share_prompts(scorer, pairs)
+    for each in filter(None, (scorer, model)):
+        error, seconds = share_prompts(each, pairs)
     if not model.shares_prompts:
         print(f"note: sharing prompts changes log-probs by {error:.1g}, so every response is computed alone")
     epochs = s.steps * s.batch_size * s.accumulate / count if s.steps else s.epochs
     every = sum(pair[name].size for pair in pairs for name in pair if name.endswith("_ids"))
     plain = sum(pair[name].size for pair in data["train"] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     print(f"time: about {seconds * (every + 3 * epochs * plain) / 60:.1f} minutes")  # 3: forward, and twice backward
+    if out:
+        state = {"torch": torch.__version__, "transformers": transformers.__version__, "style": style, "pairs":
+                 checksum(pair[name] for pair in pairs for name in sorted(pair) if name.endswith("_ids"))}
+        for name, each in ("weights", model), ("reward_weights", scorer):
+            state[name] = checksum(value.cpu().numpy() for value in each.state_dict().values()) if each else None
+        save_settings(out, {**vars(s), **state})
 
     def make():
         done = annotate(model, tokenizer, pairs, style, scorer, s.batch_size, s.max_length, s.dtype)
         return done if s.compare or not s.alpha else replace_rewards(model, done, count, s)
 
-    with measure("annotate", device, summary):
-        if out:
-            state = {"torch": torch.__version__, "transformers": transformers.__version__, "style": style, "pairs":
-                     checksum(pair[name] for pair in pairs for name in sorted(pair) if name.endswith("_ids"))}
-            for name, each in ("weights", model), ("reward_weights", scorer):
-                state[name] = checksum(value.cpu().numpy() for value in each.state_dict().values()) if each else None
-            save_settings(out, {**vars(s), **state})
+    with measure("annotate", s.device, summary):
         pairs = keep_annotation(out / "annotation.pt", pairs, make) if out else make()
     if style:
         share, low, high = pair_accuracy(pairs[:count])
         print(f"token rewards: pair accuracy {share:.3f} (95 % interval {low:.3f} to {high:.3f})")
     return model, tokenizer, errors, pairs[:count], pairs[count:]
 
-# the paper's table and two controls: name -> (its base, what it changes in the settings)
+# the paper's table and two controls: name -> what it changes in the settings
 ROWS = {
-    "DPO": ("DPO", {"algorithm": "dpo", "alpha": 0.0}),
-    "DPO-REG": ("DPO", {"algorithm": "dpo"}),
-    "DPO-SFT": ("DPO", {"algorithm": "dpo", "token_rewards": "sft"}),
-    "static weighting": ("DPO", {"algorithm": "dpo", "weighting": "static"}),
-    "DPO reward": ("DPO", {"algorithm": "dpo", "token_rewards": "dpo"}),
-    "shuffled": ("DPO", {"algorithm": "dpo", "token_rewards": "shuffled"}),
-    "swapped": ("DPO", {"algorithm": "dpo", "token_rewards": "swapped"}),
-    "SimPO": ("SimPO", {"algorithm": "simpo", "alpha": 0.0}),
-    "SimPO-REG": ("SimPO", {"algorithm": "simpo"}),
+    "DPO": {"algorithm": "dpo", "alpha": 0.0},
+    "DPO-REG": {"algorithm": "dpo"},
+    "DPO-SFT": {"algorithm": "dpo", "token_rewards": "sft"},
+    "static weighting": {"algorithm": "dpo", "weighting": "static"},
+    "DPO reward": {"algorithm": "dpo", "token_rewards": "dpo"},
+    "shuffled": {"algorithm": "dpo", "token_rewards": "shuffled"},
+    "swapped": {"algorithm": "dpo", "token_rewards": "swapped"},
+    "SimPO": {"algorithm": "simpo", "alpha": 0.0},
+    "SimPO-REG": {"algorithm": "simpo"},
 }
+BASES = {"dpo": "DPO", "simpo": "SimPO"}  # the row that each algorithm's rows are compared with
 
-def compare(s, out, device, style):
+def compare(s, out):
     """Train every row from the same reference on the same pairs in the same order, for each seed; print the table."""
-    path, base, curves, shown = out / "compare.jsonl", {"dpo": "DPO", "simpo": "SimPO"}[s.algorithm], {}, {}
-    own = {"algorithm": s.algorithm}
-    rows = ROWS | {f"{base}-REG, alpha {alpha}": (base, {**own, "alpha": alpha}) for alpha in s.alphas}
+    path, base, curves, shown, tokenizer = out / "compare.jsonl", BASES[s.algorithm], {}, {}, None
+    rows = ROWS | {f"{base}-REG, alpha {alpha}": {"algorithm": s.algorithm, "alpha": alpha} for alpha in s.alphas}
     if s.lrs or s.betas:
-        grid = itertools.product(s.lrs or [s.lr], s.betas or [s.beta])
         rows = {f"{base}, lr {lr or 'default'}, beta {beta or 'default'}":
-                (base, {**own, "alpha": 0.0, "lr": lr, "beta": beta}) for lr, beta in grid}
+                {"algorithm": s.algorithm, "alpha": 0.0, "lr": lr, "beta": beta}
+                for lr in s.lrs or [s.lr] for beta in s.betas or [s.beta]}
     save_settings(out, vars(s))
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    left = [(seed, name) for seed in range(s.seed, s.seed + s.seeds) for name in rows
-            if (seed, name) not in {(line["seed"], line["row"]) for line in lines}]
-    with bar(desc="compare", unit=" rows", initial=len(lines), total=len(lines) + len(left)) as progress:
-        for seed, names in itertools.groupby(left, key=lambda row: row[0]):
+    done = {(line["seed"], line["row"]) for line in lines}
+    with bar(desc="compare", unit=" rows", initial=len(lines), total=s.seeds * len(rows)) as progress:
+        for seed in range(s.seed, s.seed + s.seeds):
+            left = [name for name in rows if (seed, name) not in done]
+            if not left:
+                continue
             one = argparse.Namespace(**{**vars(s), "seed": seed})
-            model, tokenizer, errors, pairs, test = prepare(one, device, style, {})
+            model, tokenizer, errors, pairs, test = prepare(one, {})
             need(test, f"{s.data}: --compare needs pairs to evaluate on; see --split and --holdout")
             start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-            for _, name in names:
-                changes, summary = rows[name][1], {}
-                variant = settle(s, model, seed=seed, max_length=one.max_length, **changes)
-                with measure("train", device, summary):
+            for name in left:
+                variant, summary = settle(one, model, **rows[name]), {}
+                with measure("train", s.device, summary):
                     annotated = replace_rewards(model, pairs + test, len(pairs), variant)
                     curves[name] = train(model, annotated[:len(pairs)], variant)
                 shown[name] = annotated[len(pairs):]
                 result, _, each = evaluate(model, tokenizer, shown[name], variant, errors)
-                lines.append({"row": name, "seed": seed, "base": rows[name][0], **result, **summary, "each": each})
-                write(path, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+                result |= {"row": name, "seed": seed, "base": BASES[variant.algorithm], "each": each}
+                lines.append({**result, **summary})
+                write(path, as_lines(lines))
                 model.load_state_dict(start)
                 progress.update()
     text = table(lines)
     print("\n" + text)
     pairs = [{**reg, "chosen_plain": plain["chosen_credit"], "rejected_plain": plain["rejected_credit"]}
              for reg, plain in zip(shown.get("DPO-REG", []), shown.get("DPO", [])[:5])]
-    report(out / "report.html", curves, text, pairs, left and tokenizer,
+    report(out / "report.html", curves, text, pairs, tokenizer,
            {"token reward": "token_rewards", "learned, DPO-REG": "credit", "learned, DPO": "plain"})
     print(f"\n{out}: compare.jsonl and report.html")
 
@@ -1174,31 +1144,26 @@ def table(lines):
 def run(s):
     """One command line, from the files to the trained model."""
     transformers.logging.set_verbosity_error()
-    count = torch.cuda.device_count()
-    devices = ["cuda"] * bool(count) + [f"cuda:{i}" for i in range(count)] + ["cpu"]
-    need(not s.device or s.device in devices, f"--device {s.device}: not on this machine; use {' or '.join(devices)}")
-    device, style, summary = torch.device(s.device or devices[0]), read_prompts(s.prompts), {}
     s.out = s.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S")
-    out = Path(s.out)
+    out, summary = Path(s.out), {}
     need(next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir(),
          f"--out {out}: is a file, or in one; name a new folder")
     if s.resume and (out / "summary.json").exists():
         return print(f"{out}: this run is finished; its results are in summary.json")
     need(not out.exists() or not any(out.iterdir()) or s.resume and (out / "settings.json").exists(),
          f"--out {out}: is not empty; name a new folder, or one that holds a run and --resume")
-    if s.compare and not s.check_prompts:
-        return compare(s, out, device, style)
-    prepared = prepare(s, device, style, summary, None if s.check_prompts else out)
-    if prepared is None:
-        return
-    model, tokenizer, errors, pairs, test = prepared
+    if s.check_prompts:
+        return prepare(s, summary)
+    if s.compare:
+        return compare(s, out)
+    model, tokenizer, errors, pairs, test = prepare(s, summary, out)
     before, old, _ = evaluate(model, tokenizer, test, s, errors)
-    with measure("train", device, summary):
+    with measure("train", s.device, summary):
         history = train(model, pairs, s, out)
     after, new, _ = evaluate(model, tokenizer, test, s, errors)
     for phase in ("annotate", "train"):
-        print("{}: {:.1f} s, {:,} tokens, peak memory {:.2f} GiB".format(phase, summary[f"{phase}_seconds"],
-              summary[f"{phase}_tokens"], summary[f"{phase}_peak_memory_bytes"] / 2**30))
+        seconds, tokens, memory = (summary[f"{phase}_{what}"] for what in ("seconds", "tokens", "peak_memory_bytes"))
+        print(f"{phase}: {seconds:.1f} s, {tokens:,} tokens, peak memory {memory / 2**30:.2f} GiB")
     if model.generation_config.temperature not in (None, 1.0) or model.generation_config.top_p not in (None, 1.0):
         model.generation_config.do_sample = True  # transformers 4 would not save the contradiction
     with saving(out):
@@ -1209,16 +1174,15 @@ def run(s):
     for name in ("credit_auroc", "credit_auroc_pooled") + ("accuracy", "margin") * (s.algorithm == "dpo"):
         before[name] = None  # a constant by construction: the model is its own reference
     summary |= {"before": before, "after": after, "pairs": len(pairs), "steps": len(history), "settings": vars(s)}
-    write(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     (out / "checkpoint.pt").unlink(missing_ok=True)
     show(before, after, list(zip(test, old, new)), (test or pairs)[0], tokenizer)
     print(f"\n{out}: the model, metrics.jsonl, settings.json, summary.json and report.html")
 
 def main(argv=None):
-    s = parse(argv)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that knows no "–" is no reason to stop
     try:
-        run(s)
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no "–" is no reason to stop
+        run(parse(argv))
         return 0
     except torch.OutOfMemoryError:
         error = "out of memory; begin again with --gradient-checkpointing, a smaller --max-length, or --dtype bf16"
