@@ -769,6 +769,10 @@ def test_auroc_leaves_the_end_token_out_and_averages_within_responses():
     pair = {"chosen_credit": np.array([2.0, 1.0, 50.0]), "chosen_good": [True, False],
             "rejected_credit": np.array([8.0, 9.0, 10.0, 99.0]), "rejected_good": [False, True, False]}
     assert treg.auroc([pair], "credit") == (0.75, 0.5)
+    apart = {**pair, "chosen_good": [True, True], "rejected_good": [False] * 3}
+    within, pooled = treg.auroc([apart], "credit")
+    assert math.isnan(within) and pooled == 0.0, "no response has both kinds: nothing within, yet all tokens can be pooled"
+    assert all(map(math.isnan, treg.auroc([], "credit")))
 
 
 def test_samples_follow_the_models_own_distribution_and_end_at_the_end_token():
@@ -863,6 +867,9 @@ def test_compare_trains_every_row_from_the_reference_and_goes_on_where_it_was_ki
     with pytest.raises(SystemExit, match="killed"):
         go(tmp_path, *flags)
     resumed = True
+    with monkeypatch.context() as patch:
+        patch.setattr(treg, "load_pairs", lambda source, split, load=treg.load_pairs: load(source, split)[1:])
+        assert "pairs was" in refusal(capsys, "a comparison on other data", tmp_path, *flags, "--resume")
     assert go(tmp_path, *flags, "--resume") == 0
     assert all(torch.equal(start, starts[0]) for start in starts) and all(order == orders[0] for order in orders)
     rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
@@ -1019,7 +1026,10 @@ def few_pairs():
 
 
 def readme_commands():
-    return [line for block in readme_blocks("bash") for line in block.splitlines() if re.match(r"(python treg\.py|echo) ?", line)]
+    """The lines of its bash blocks, and the commands in its text."""
+    written = [line for block in readme_blocks("bash") for line in block.splitlines()]
+    inline = [" ".join(found.split()) for found in re.findall(r"`(python treg\.py[^`]*)`", (HERE / "README.md").read_text())]
+    return [line for line in written + inline if re.match(r"(python treg\.py|printf)\b", line) and "--help" not in line]
 
 
 @not_graded
@@ -1027,7 +1037,7 @@ def readme_commands():
 def test_readme_command_runs_at_its_smallest_setting(command_line, tmp_path, monkeypatch, capsys):
     """The command as it stands, but with a random model, few pairs, one step, one seed and little warm-up."""
     monkeypatch.chdir(tmp_path)
-    if command_line.startswith("echo"):
+    if command_line.startswith("printf"):
         return subprocess.run(["bash", "-ec", command_line], check=True)
     argv = shlex.split(command_line.partition("#")[0])[2:]
     for i, (flag, value) in enumerate(zip(argv, argv[1:]), 1):
@@ -1036,11 +1046,12 @@ def test_readme_command_runs_at_its_smallest_setting(command_line, tmp_path, mon
         elif flag == "--data":
             argv[i] = write_pairs("pairs.jsonl")
         elif flag == "--prompts" and value.endswith(".json"):
-            made = next(line for line in readme_commands() if line.endswith(f"> {value}"))
-            subprocess.run(["bash", "-ec", made], check=True)
+            put(tmp_path / value, json.dumps(dict(zip(("better", "worse"), treg.PROMPTS["answer"].values()))))
+            for line in readme_commands():
+                if line.endswith(f"> {value}"):
+                    subprocess.run(["bash", "-ec", line], check=True)
     argv += [] if "--data" in argv else ["--data", few_pairs()]
-    argv += ["--holdout", "4"] if "--data" in argv and "--holdout" not in argv else []
-    argv += ["--steps", "1"] + ["--seeds", "1"] * ("--compare" in argv)
+    argv += ["--holdout", "4", "--steps", "1"] + ["--seeds", "1"] * ("--compare" in argv)
     argv += [] if "--model" in argv else ["--warm-steps", "300" if "--on-policy" in argv else "2"]
     assert treg.main([str(word) for word in argv]) == 0, capsys.readouterr().err
 
@@ -1233,6 +1244,8 @@ for kind, content, says in (
     MISTAKES[f"prompts: {kind}"] = {"own.json": content}, ["--prompts", "own.json"], rf"(--prompts )?own\.json: .*({says})"
 MISTAKES |= {
     "prompts: missing": ({}, ["--prompts", "own.json"], r"--prompts own\.json: must be auto, .*No such file"),
+    "split: mistyped": ({"p.jsonl": ROWS4}, ["--data", "p.jsonl", "--split", "tset"], "--split tset: .*no such split"),
+    "split: the training split": ({}, ["--split", "train"], "argument --split: .*no test"),
     "out: a file": ({"run": "mine"}, ["--out", "run"], "--out run: .*is a file"),
     "out: below a file": ({"run": "mine"}, ["--out", "run/new"], ".*run.*(is a file|[Nn]ot a (directory|folder))"),
     "out: holds something": ({"run": {"a": "mine"}}, ["--out", "run"], "--out run: is not empty"),
@@ -1914,8 +1927,9 @@ def test_templates_that_refuse_a_system_role_or_want_alternation():
     talk = [*USER, {"role": "assistant", "content": "7"}, {"role": "user", "content": "Say 8"}]
     for prompt in (talk, [system, *talk], "\n\nHuman: Say 7\n\nAssistant: 7\n\nHuman: Say 8\n\nAssistant:"):
         assert tokenizer.decode(encode_one(tokenizer, prompt, style="answer")["prompt_ids"]).count("<|im_start|>user") == 2
-    with pytest.raises(treg.UserError, match="x:1.*alternate"):
-        encode_one(tokenizer, USER * 2)
+    for refused in (USER * 2, [system, *USER * 2]):
+        with pytest.raises(treg.UserError, match="x:1.*alternate"):
+            encode_one(tokenizer, refused)
 
 
 def test_prompts_are_a_function_of_the_data_though_the_template_writes_the_date():

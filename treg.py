@@ -14,7 +14,8 @@ responses twice, after a prompt that asks for a better answer and after one that
     z   = Σ_t r_t(chosen) − Σ_t r_t(rejected) − γ                                            margin
     L   = −log σ(z) + α · w · ( − Σ_t r̂_t r_t, over both responses ),    w = σ(−z), detached loss of one pair
 
-Each token's gradient is then the plain one times (1 + α r̂_t) on the chosen side and (1 − α r̂_t) on the rejected.
+Each token's gradient is then the plain one times (1 + α r̂_t) on the chosen side and (1 − α r̂_t) on the rejected:
+our derivation, as are the regulariser in terms of r_t for SimPO too (so with 1 / |y|), γ in its w, and static w = ½.
 
 Sections: 1 prompts, 2 token rewards, 3 implicit rewards and the loss (the paper; torch only, made to be copied),
 4 data, 5 log-probs, 6 annotate, 7 train, 8 evaluate and show, 9 the tiny model, 10 command line.
@@ -99,7 +100,7 @@ def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weig
 
     chosen, rejected: implicit token rewards r_t; chosen_hat, rejected_hat: token rewards r̂_t; zeros in the padding
     of all four (the two sides' T may differ). alpha = 0 is DPO, or with SimPO's rewards and gamma SimPO, exactly.
-    weighting "sequence" is w = σ(−z), the factor in the preference loss's own gradient; "static" is the constant ½.
+    weighting "sequence" is w = σ(−z), the factor in the preference loss's own gradient; "static" is ½ (our choice).
     """
     if weighting not in ("sequence", "static"):
         raise ValueError(f'weighting is "sequence" or "static", not {weighting!r}')
@@ -375,7 +376,9 @@ response_logps.positions = 0  # computed so far, for the token counts in summary
 def share_prompts(model, pairs):
     """Turn prompt sharing on, unless it changes the log-probs of the longest pair, as it does where attention is more
     than a mask can say (sliding windows, recurrent layers). -> (largest change in nats, seconds per position)."""
-    pair = max(pairs, key=lambda pair: sum(value.size for name, value in pair.items() if name.endswith("_ids")))
+    responses = [f"{side}_ids" for side in SIDES]
+    pair = max(pairs, key=lambda pair: max(pair[name].size for name in responses) + max(
+        ids.size for name, ids in pair.items() if name.endswith("_ids") and name not in responses))
     prompts, responses = [pair["prompt_ids"].tolist()] * 2, columns([pair], "ids")
     if "chosen_better_ids" in pair:
         prompts, responses = prompts + columns([pair], "better_ids"), responses * 2
@@ -437,7 +440,8 @@ def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_s
     does, so that π = π_ref at its start; token rewards in float32, because σ of a bfloat16 error is an error."""
     if pairs and "prompt_ids" not in pairs[0]:
         pairs, dropped = encode(tokenizer, pairs, max_length, style)
-        print(f"annotate: {dropped}" if dropped else "", end="\n" * bool(dropped))
+        if dropped:
+            print(f"annotate: {dropped}")
     pairs, scorer = [dict(pair) for pair in pairs], reward_model or model
     for each in (model, scorer):
         if not hasattr(each, "shares_prompts") and pairs:  # a command line has checked on all its pairs
@@ -609,10 +613,11 @@ def auroc(pairs, name):
     """Credit AUROC of the *_name columns, end token left out: (mean within a response, pooled over all tokens)."""
     rows = [(pair[f"{side}_{name}"][:-1], pair[f"{side}_good"])  # [:-1]: the end token is in no error span
             for pair in pairs for side in SIDES if f"{side}_good" in pair]
-    within = [value for value in (credit_auroc(*row) for row in rows) if not math.isnan(value)]
-    if not within:
+    if not rows:
         return math.nan, math.nan
-    return float(np.mean(within)), credit_auroc(*(np.concatenate(column) for column in zip(*rows)))
+    within = [value for value in (credit_auroc(*row) for row in rows) if not math.isnan(value)]
+    return (float(np.mean(within)) if within else math.nan,
+            credit_auroc(*(np.concatenate(column) for column in zip(*rows))))
 
 def judge(pairs):
     """-> errors(text, keywords) for data whose keywords stand for slots: how many of the keywords text lacks, and at
@@ -632,9 +637,9 @@ def judge(pairs):
     return errors
 
 @torch.no_grad()
-def sample(model, tokenizer, pairs, seed):
-    """-> one response a pair, drawn from the model as it is, at most 8 tokens longer than the longest chosen one."""
-    end, texts, most = end_token(tokenizer), [], max(len(pair["chosen_ids"]) for pair in pairs) + 8
+def sample(model, tokenizer, pairs, seed, more=8):
+    """-> one response a pair, drawn from the model as it is, at most `more` tokens longer than the longest chosen."""
+    end, texts, most = end_token(tokenizer), [], max(len(pair["chosen_ids"]) for pair in pairs) + more
     torch.manual_seed(seed)
     for start in bar(range(0, len(pairs), 128), desc="sample", unit=" batches"):
         prompts = [torch.tensor(pair["prompt_ids"].tolist()) for pair in pairs[start:start + 128]]
@@ -643,7 +648,7 @@ def sample(model, tokenizer, pairs, seed):
         length = ids.shape[1]
         room = min(most, getattr(model.config, "max_position_embeddings", most + length) - length)
         new = model.generate(input_ids=ids.to(model.device), attention_mask=real.to(model.device), do_sample=True,
-                             max_new_tokens=max(1, room), top_k=0, top_p=1.0, temperature=1.0,
+                             max_new_tokens=max(1, room), top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0,
                              eos_token_id=end, pad_token_id=end)[:, length:].tolist()
         texts += [tokenizer.decode(row[:row.index(end)] if end in row else row) for row in new]
     return texts
@@ -665,7 +670,7 @@ def evaluate(model, tokenizer, pairs, s, errors=None):
     result["token_reward_auroc"], result["token_reward_auroc_pooled"] = auroc(pairs, "token_rewards")
     drawn = 4 if errors else 1  # responses to each prompt: for the judge, or one to look at
     shown = [pair for pair in (pairs if errors else pairs[:3]) for _ in range(drawn)]
-    texts = sample(model, tokenizer, shown, s.seed)
+    texts = sample(model, tokenizer, shown, s.seed, 8 if errors else 64)
     if errors:
         counts = np.array([errors(text, pair["keywords"]) for text, pair in zip(texts, shown)]).reshape(-1, drawn)
         each = (counts == 0).mean(1)
@@ -778,7 +783,8 @@ def make_tiny(pairs, seed, steps=2000):
 
 # ------------------------------------------------------------------------------------------------ 10 command line
 DEFAULTS = {"dpo": {"beta": 0.1, "gamma": 0.0}, "simpo": {"beta": 2.5, "gamma": 1.0}}
-TINY = {"dpo": {"lr": 4e-4, "beta": 1.0}, "simpo": {"lr": 2e-4, "beta": 1.0}}  # tuned at α = 0 on the validation split, by --lrs and --betas
+# the tiny model's, tuned by --lrs and --betas (α = 0) on the validation split
+TINY = {"dpo": {"lr": 4e-4, "beta": 1.0}, "simpo": {"lr": 2e-4, "beta": 1.0}}
 
 def default_lr(parameters):
     """5e-7, published for 8e9 parameters, grows as the size falls, by its square root: 4e-6 at 135e6, 1e-4 at 2e5."""
@@ -816,16 +822,18 @@ def parse(argv):
     add("--warm-steps", type=whole, default=2000, help="warm-up of the tiny model [%(default)s]")
     add("--data", default=data, help=".json, .jsonl, .csv or .parquet file, or hub data set [tiny_data.jsonl]")
     add("--max-pairs", type=whole, help="train on at most this many pairs")
-    add("--on-policy", type=number(int, 2), metavar="K", help="train on the judge's best and worst of K samples each")
+    add("--on-policy", type=number(int, 2), metavar="K", help="train on best and worst, by the judge, of K "
+        "responses that the untrained model samples to each prompt; for data with keywords")
     add("--split", default="test", help="split of the data to evaluate on [%(default)s]")
     add("--holdout", type=held, default=0.1, help="number or share of pairs to evaluate on without it [%(default)s]")
     add("--max-length", type=number(int, 8), default=1024, help="longer pairs are dropped; in tokens [%(default)s]")
     add = parser.add_argument_group("the loss").add_argument
     add("--algorithm", choices=tuple(DEFAULTS), default="dpo", help="the preference loss [%(default)s]")
     add("--alpha", type=share, default=0.25, help="strength of the regulariser; 0: plain DPO or SimPO [%(default)s]")
-    add("--beta", type=positive, help="reward scale [dpo 0.1, simpo 2.5]")
+    add("--beta", type=positive, help="reward scale [dpo 0.1, simpo 2.5; the tiny model 1]")
     add("--gamma", type=share, help="target margin [dpo 0, simpo 1]")
-    add("--weighting", choices=("sequence", "static"), default="sequence", help="the loss's own, or 1/2 [%(default)s]")
+    add("--weighting", choices=("sequence", "static"), default="sequence", help="the regulariser's weight: that of the "
+        "preference loss's own gradient, or the constant 1/2 [%(default)s]")
     add = parser.add_argument_group("the token rewards").add_argument
     add("--token-rewards", choices=("contrastive", "sft", "dpo", "shuffled", "swapped"), default="contrastive",
         help="by contrastive prompts; 1 on chosen, 0 on rejected; by a model trained with DPO; or, as controls, "
@@ -834,7 +842,7 @@ def parse(argv):
     add("--check-prompts", action="store_true", help="only measure how well the prompts tell chosen from rejected")
     add("--reward-model", help="model with the same tokenizer that writes the token rewards [--model, untrained]")
     add = parser.add_argument_group("the training").add_argument
-    add("--lr", type=positive, help="peak learning rate [5e-7 x sqrt(8e9 / parameters)]")
+    add("--lr", type=positive, help="peak learning rate [5e-7 x sqrt(8e9 / parameters); the tiny model's is tuned]")
     add("--epochs", type=whole, help="passes over the pairs [1; the tiny model 3]")
     add("--steps", type=whole, help="optimiser steps, in place of epochs")
     add("--batch-size", type=whole, default=8, help="pairs in a batch [%(default)s]")
@@ -842,18 +850,21 @@ def parse(argv):
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of all random numbers [%(default)s]")
     add = parser.add_argument_group("the comparison").add_argument
-    add("--compare", action="store_true", help="train the paper's table and two controls from one reference, print it")
+    add("--compare", action="store_true", help="train the paper's table and two controls from one "
+        "reference, and print it; --lr, --beta and --gamma are for the rows of --algorithm")
     add("--seeds", type=whole, default=5, help="runs of each row, from --seed on [%(default)s]")
     add("--alphas", type=share, nargs="+", default=[], help="also a row for each of these")
     add("--lrs", type=positive, nargs="+", default=[], help="instead, the plain loss at each of these learning rates")
     add("--betas", type=positive, nargs="+", default=[], help="and at each of these reward scales")
     add = parser.add_argument_group("the machine").add_argument
-    add("--device", choices=devices, default=devices[0], help="[cuda if there is one]")
+    add("--device", choices=devices, default=devices[0], help="where to compute [cuda if there is one]")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of matrix products; other work fp32 [%(default)s]")
     add("--out", help="new folder for the model, metrics.jsonl and summary.json [runs/<time>]")
     add("--save-every", type=whole, default=200, help="steps between checkpoints [%(default)s]")
     add("--resume", action="store_true", help="go on with the run in --out where it was stopped")
     s = parser.parse_args(argv)
+    if s.split == "train":
+        parser.error("argument --split: the pairs that are trained on are no test")
     if s.resume and not s.out:
         parser.error("argument --resume: needs --out, the folder of the run to go on with")
     for name, value in vars(s).items():
@@ -898,6 +909,7 @@ def load_model(name, flag, device, checkpointing=False):
 def load_data(s):
     """-> {"train": pairs, s.split: pairs for evaluation}: that split if the data has it, else --holdout of all."""
     pairs, test = load_pairs(s.data), load_pairs(s.data, s.split)
+    need(test or s.split == "test", f"--split {s.split}: {s.data} has no such split")
     if not test:
         count = int(s.holdout * len(pairs)) if isinstance(s.holdout, float) else s.holdout
         order = np.random.default_rng(0).permutation(len(pairs))  # not of the seed: seeds share their test
@@ -961,8 +973,8 @@ def on_policy(model, tokenizer, pairs, s, errors):
     fresh = [{name: pair[name] for name in ("prompt", "keywords", "where")} | dict(zip(SIDES, pick))
              for pair, pick in zip(pairs, picked) if pick]
     wrong = [np.mean([errors(pair[side], pair["keywords"]) for pair in fresh] or [0]) for side in SIDES]
-    print("on-policy: {} pairs, {:.2f} errors in chosen and {:.2f} in rejected; to {} prompts all responses were equally "
-          "good".format(len(fresh), *wrong, len(pairs) - len(fresh)))
+    print("on-policy: {} pairs, {:.2f} errors in chosen and {:.2f} in rejected; dropped: {} prompts with responses "
+          "all equally good".format(len(fresh), *wrong, len(pairs) - len(fresh)))
     return fresh
 
 def checksum(arrays):
@@ -998,7 +1010,9 @@ def save_settings(out, settings):
 
 @contextlib.contextmanager
 def measure(name, device, summary):
-    """Write a phase's seconds, CPU seconds, computed positions and the peak memory so far into summary."""
+    """Write a phase's seconds, CPU seconds, computed positions and peak memory (on a CPU: so far) into summary."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     seconds, cpu, tokens = time.perf_counter(), time.process_time(), response_logps.positions
     yield
     if device == "cuda":
@@ -1074,13 +1088,13 @@ BASES = {"dpo": "DPO", "simpo": "SimPO"}  # the row that each algorithm's rows a
 
 def compare(s, out):
     """Train every row from the same reference on the same pairs in the same order, for each seed; print the table."""
-    path, base, curves, shown, tokenizer = out / "compare.jsonl", BASES[s.algorithm], {}, {}, None
+    path, base, curves, shown = out / "compare.jsonl", BASES[s.algorithm], {}, {}
     rows = ROWS | {f"{base}-REG, alpha {alpha}": {"algorithm": s.algorithm, "alpha": alpha} for alpha in s.alphas}
     if s.lrs or s.betas:
         rows = {f"{base}, lr {lr or 'default'}, beta {beta or 'default'}":
                 {"algorithm": s.algorithm, "alpha": 0.0, "lr": lr, "beta": beta}
                 for lr in s.lrs or [s.lr] for beta in s.betas or [s.beta]}
-    save_settings(out, vars(s))
+    save_settings(out, {**vars(s), "pairs": zlib.crc32(repr(load_data(s)).encode())})
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(line["seed"], line["row"]) for line in lines}
     with bar(desc="compare", unit=" rows", initial=len(lines), total=s.seeds * len(rows)) as progress:
@@ -1093,7 +1107,8 @@ def compare(s, out):
             need(test, f"{s.data}: --compare needs pairs to evaluate on; see --split and --holdout")
             start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
             for name in left:
-                variant, summary = settle(one, model, **rows[name]), {}
+                plain = {"weighting": "sequence", "token_rewards": "contrastive"}
+                variant, summary = settle(one, model, **{**plain, **rows[name]}), {}
                 with measure("train", s.device, summary):
                     annotated = replace_rewards(model, pairs + test, len(pairs), variant)
                     curves[name] = train(model, annotated[:len(pairs)], variant)
@@ -1106,6 +1121,8 @@ def compare(s, out):
                 progress.update()
     text = table(lines)
     print("\n" + text)
+    if not shown:  # all was done before: so was the report
+        return
     pairs = [{**reg, "chosen_plain": plain["chosen_credit"], "rejected_plain": plain["rejected_credit"]}
              for reg, plain in zip(shown.get("DPO-REG", []), shown.get("DPO", [])[:5])]
     report(out / "report.html", curves, text, pairs, tokenizer,
