@@ -868,7 +868,7 @@ def test_compare_trains_every_row_from_the_reference_and_goes_on_where_it_was_ki
         go(tmp_path, *flags)
     resumed = True
     with monkeypatch.context() as patch:
-        patch.setattr(treg, "load_pairs", lambda source, split, load=treg.load_pairs: load(source, split)[1:])
+        patch.setattr(treg, "load_pairs", lambda source, split="train", load=treg.load_pairs: load(source, split)[1:])
         assert "pairs was" in refusal(capsys, "a comparison on other data", tmp_path, *flags, "--resume")
     assert go(tmp_path, *flags, "--resume") == 0
     assert all(torch.equal(start, starts[0]) for start in starts) and all(order == orders[0] for order in orders)
@@ -1038,7 +1038,8 @@ def test_readme_command_runs_at_its_smallest_setting(command_line, tmp_path, mon
     """The command as it stands, but with a random model, few pairs, one step, one seed and little warm-up."""
     monkeypatch.chdir(tmp_path)
     if command_line.startswith("printf"):
-        return subprocess.run(["bash", "-ec", command_line], check=True)
+        subprocess.run(["bash", "-ec", command_line], check=True)
+        return
     argv = shlex.split(command_line.partition("#")[0])[2:]
     for i, (flag, value) in enumerate(zip(argv, argv[1:]), 1):
         if flag in ("--model", "--reward-model"):
