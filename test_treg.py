@@ -839,16 +839,17 @@ def test_bootstrap_by_hand():
 
 
 def test_table_by_hand():
-    """Accuracy 0.5, 0.7 over two seeds: 0.6 ± √(0.02) / √2 = 0.1. Against the base, prompts differ by (1, 0) and (0, 0)."""
+    """Accuracy 0.5, 0.7, 0.6, 0.6 over seeds 0 to 3: mean 0.6, standard error √(0.02 / 3) / √4 = 0.041. By seed the two
+    prompts differ from the base by (1, 0), (−1, 0), (1, 1) and (0, 0): 0.25 on average, ahead on seeds 0 and 2."""
     line = lambda row, seed, accuracy, each: {"row": row, "seed": seed, "base": "DPO", "each": each,  # noqa: E731
                                               "accuracy": accuracy, "credit_auroc": None}
-    text = treg.table([line("DPO", 0, 0.5, [0, 1]), line("DPO-REG", 1, 0.75, [1, 1]),  # in any order
-                       line("DPO", 1, 0.7, [1, 1]), line("DPO-REG", 0, 0.75, [1, 1])])
-    head, dpo, reg = text.splitlines()
+    base = [line("DPO", *of) for of in ((0, 0.5, [0, 1]), (1, 0.7, [1, 1]), (2, 0.6, [0, 0]), (3, 0.6, [0, 0]))]
+    rows = [line("DPO-REG", seed, 0.75, each) for seed, each in ((1, [0, 1]), (0, [1, 1]), (3, [0, 0]), (2, [1, 1]))]
+    head, dpo, reg = treg.table(base + rows).splitlines()  # a row's seeds may come in any order
     assert head.split() == ["accuracy", "accuracy", "−", "base", "(95", "%)", "ahead"], "no columns without figures"
-    assert dpo.split() == ["DPO", "0.600", "±", "0.100"]
-    assert reg.split()[:5] == ["DPO-REG", "0.750", "±", "0.000", "+0.250"] and reg.endswith(" 1 of 2")
-    assert "±" not in treg.table([line("DPO", 0, 0.5, [0, 1])]), "one seed has no standard error"
+    assert dpo.split() == ["DPO", "0.600", "±", "0.041"]
+    assert reg.split()[:5] == ["DPO-REG", "0.750", "±", "0.000", "+0.250"] and reg.endswith(" 2 of 4")
+    assert "±" not in treg.table(base[:1]), "one seed has no standard error"
 
 
 def test_compare_trains_every_row_from_the_reference_and_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
@@ -863,7 +864,7 @@ def test_compare_trains_every_row_from_the_reference_and_goes_on_where_it_was_ki
         return train(model, pairs, s, out)
     train, resumed = treg.train, False
     monkeypatch.setattr(treg, "train", spy)
-    flags = ["--compare", "--seeds", "2", "--steps", "2", "--alphas", "2"]
+    flags = ["--compare", "--seeds", "2", "--steps", "2", "--alphas", "2", "--weighting", "static", "--token-rewards", "sft"]
     with pytest.raises(SystemExit, match="killed"):
         go(tmp_path, *flags)
     resumed = True
@@ -935,6 +936,7 @@ def test_report_is_well_formed_self_contained_and_escapes_text_from_the_data(tmp
     raw = (tmp_path / "report.html").read_text()
     page = Page(raw)
     assert "<script" not in raw and "http" not in raw
+    assert raw.count(">&lt;</span>") == 6, "each < of the text, a token by itself, in both layers"
     end = tokenizer.decode([treg.end_token(tokenizer)])
     assert page.text == evil + (evil + end) * 2 + ("No" + end) * 2, "every token of both responses, in both layers"
     values = [pairs[0][f"{side}_{name}"].tolist() for side in treg.SIDES for name in ("token_rewards", "ref_logps")]
