@@ -962,6 +962,9 @@ def test_default_run_raises_the_share_of_perfect_responses_by_twenty_points(tmp_
     before, after = summary["before"], summary["after"]
     assert after["perfect_responses"] >= before["perfect_responses"] + 0.20, printed
     assert after["accuracy"] > 0.9 and after["credit_auroc"] > 0.9 and after["token_reward_auroc"] > 0.9, printed
+    for style in treg.PROMPTS:
+        share, low = map(float, re.search(rf"prompts {style}: pair accuracy (\S+) \(95 % interval (\S+) to", printed).groups())
+        assert share > 0.75 and low > 0.5, f"the warm-up must make {style} work: {printed}"
     assert before["accuracy"] is None and before["credit_auroc"] is None, "constants by construction are no measurement"
     assert re.search(r"perfect responses +0\.\d{3} +0\.\d{3}", printed) and printed.count("\nbefore  ") == 3
     assert "[+" in printed and "[-" in printed and "\033" not in printed, "marks, not colours, where there is no terminal"
@@ -1942,7 +1945,10 @@ def test_prompts_are_a_function_of_the_data_though_the_template_writes_the_date(
 
 
 def test_learning_rate_suits_the_size_and_a_high_one_is_warned_of(monkeypatch, capsys):
-    assert [treg.default_lr(size) for size in (8e9, 8e7, 2e5)] == [5e-7, 5e-6, 1e-4]
+    readme = re.search(r"## Learning rate\n(.*?)\n## ", (HERE / "README.md").read_text(), re.S)[1]
+    for size, rate, said in ((8e9, 5e-7, "5e-7 for Llama-3-8B"), (134.5e6, 3.9e-6, "3.9e-6 for SmolLM2-135M"),
+                             (5e8, 2e-6, "2e-6 at half a billion"), (147_776, 1.2e-4, "would say 1.2e-4")):
+        assert treg.default_lr(size) == rate and said in " ".join(readme.split())
 
     def large(*args):
         loaded = load(*args)
