@@ -530,6 +530,10 @@ def test_prompt_sharing_turns_itself_off_where_attention_is_a_sliding_window():
     logps, _ = treg.response_logps(model, prompts, responses)
     for row, expected in zip(logps, one_at_a_time(model, prompts, responses)):
         close(row[:len(expected)].double().detach(), expected, "separate rows", 1e-5)
+    model, _ = small_model("mistral", num_key_value_heads=2, sliding_window=12)  # only the last pair has a row beyond it
+    rows = [(range(1, 5), range(1, 9), range(9, 17)), (range(1, 9), range(1, 11), range(9, 10))]
+    pairs = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(np.array, row))) for row in rows]
+    assert treg.share_prompts(model, pairs[:1])[0] < 1e-3 < treg.share_prompts(model, pairs)[0] and not model.shares_prompts
     model, _ = small_model("mamba", state_size=4, expand=1)
     treg.share_prompts(model, pairs_of(prompts, responses))
     assert not model.shares_prompts, "a recurrent model has no attention mask"

@@ -12,7 +12,7 @@ responses twice, after a prompt that asks for a better answer and after one that
     r̂_t = σ( log π_eval(y_t | x_better, y_<t) − log π_eval(y_t | x_worse, y_<t) ) − ½        token reward, in [−½, ½]
     r_t = β ( log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) )                              what the policy learned
     z   = Σ_t r_t(chosen) − Σ_t r_t(rejected) − γ                                            margin
-    L   = −log σ(z) + α · w · ( − Σ_t r̂_t r_t, over both responses ),    w = σ(−z), detached loss of one pair
+    L   = −log σ(z) + α · w · ( − Σ_t r̂_t r_t, over both responses ),  w = σ(−z), detached    loss of one pair
 
 Each token's gradient is then the plain one times (1 + α r̂_t) on the chosen side and (1 − α r̂_t) on the rejected:
 our derivation, as are the regulariser in terms of r_t for SimPO too (so with 1 / |y|), γ in its w, and static w = ½.
@@ -523,8 +523,8 @@ def train(model, pairs, s, out=None):
     with stop_requests() as asked, steps:
         for step in steps:
             epoch, place = divmod(step, per_epoch)
-            # a function of seed and epoch: a resumed run needs no random state
-            order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed + epoch))
+            if step == first or place == 0:  # a function of seed and epoch: a resumed run needs no random state
+                order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed + epoch)).tolist()
             batch = [pairs[i] for i in order[place * per_step:(place + 1) * per_step]]
             sums = 0
             for pack in packs(batch, s.batch_size):
