@@ -1,54 +1,377 @@
 # SPDX-License-Identifier: MIT
 """Tests of treg.py: python -m pytest -q test_treg.py
 
-The heart is derivations done by hand, in the docstring, and asserted to 1e-10 in float64 against autograd.
-TREG=student.py grades another file's functions in the place of treg.py's, -k method only by sections 1 to 3.
+First the paper by hand: the derivation in the docstring, numbers that a pencil gives, asserted to
+1e-10 in float64, the gradient beside the value. Then the grading of a file of your own, with
+TREG=student.py python -m pytest -q test_treg.py -x -k method. Then the program.
 """
-import argparse
+
+import codecs
 import contextlib
 import copy
+import csv
 import functools
 import gzip
-import html.parser
 import importlib.machinery
 import importlib.util
+import inspect
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
-import resource
 import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import types
 import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import treg  # noqa: E402
 
-torch.set_num_threads(1)  # threads that wait for each other on a busy machine make small tensors very slow
-DOUBLE = dict(dtype=torch.float64)
-PUBLIC = ("token_rewards", "dpo_rewards", "simpo_rewards", "treg_loss", "contrastive_prompts", "response_logps",
-          "annotate", "load_pairs", "credit_auroc")
-OURS = {name: getattr(treg, name) for name in PUBLIC}
+torch.set_num_threads(1)  # threads that wait for each other make small tensors very slow
+
+
+def double(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def close(found, expected, hint, tolerance=1e-10):
+    """torch.testing.assert_close; a failure begins with a hint for who writes treg.py anew."""
+    __tracebackhide__ = True
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+
+    def message(_):
+        if found.shape != expected.shape:
+            return f"{hint}\nshape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+        numbers = f"found {found.tolist()}, expected {expected.tolist()}"
+        if torch.allclose(found.double(), expected, rtol=0, atol=1e-6):
+            return f"only as exact as float32: keep the dtype of the arguments\n{numbers}\n{hint}"
+        return f"{hint}\n{numbers}"
+
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, equal_nan=True, msg=message)
+
+
+# ------------------------------------------------------------------------ 1 the paper, by hand
+# Guards sections 1 to 3 of treg.py: what r̂, r, z, w and L are, and what they do to every token.
+
+# The README's example: two tokens of a chosen and of a rejected response, as log-probs.
+BETTER = double([0.45, 0.1], [0.4, 0.3]).log()
+WORSE = double([0.05, 0.3], [0.1, 0.7]).log()
+POLICY = double([0.4, 0.8], [0.2, 0.2]).log()
+REFERENCE = double([0.1, 0.2], [0.05, 0.8]).log()
+MASK = torch.ones(2, 2, dtype=torch.bool)
+
+GRADIENT = {
+    "chosen": "the gradient of a chosen token should be −β·w·(1 + α·r̂)",
+    "rejected": "the gradient of a rejected token should be +β·w·(1 − α·r̂)",
+}
+DETACHED = "did you detach the weight? and nothing else? (SimPO: β/|y|. Static: ½ for w beside α)"
+
+
+def test_rewards_by_hand():
+    """r̂ = σ(better − worse) − ½, and σ(log a − log b) = a / (a + b).
+
+    chosen    .45 / .50 − ½ = .4    .1 / .4 − ½ = −.25
+    rejected   .4 / .5 − ½ = .3     .3 / 1 − ½ = −.2
+
+    r = β (log π − log π_ref), β = ½: ½ log 4 = ln 2 three times, and ½ log ¼ = −ln 2.
+    ∂r/∂log π = β. π_ref is frozen, and so is r̂.
+    """
+    hat = treg.token_rewards(BETTER, WORSE, MASK)
+    hint = "r̂ = σ(better − worse) − ½: is ½ subtracted? are better and worse swapped?"
+    close(hat, [[0.4, -0.25], [0.3, -0.2]], hint)
+
+    logps = POLICY.clone().requires_grad_()
+    rewards = treg.dpo_rewards(logps, REFERENCE, MASK, 0.5)
+    ln2 = math.log(2)
+    hint = "r = β (log π − log π_ref): is β there? is the reference subtracted?"
+    close(rewards, [[ln2, ln2], [ln2, -ln2]], hint)
+    rewards.sum().backward()
+    close(logps.grad, [[0.5, 0.5], [0.5, 0.5]], "∂r/∂log π = β")
+
+
+# which r̂ count (chosen, rejected), α, weighting -> α w Σ r̂ r in units of ln 2, and ∂L/∂log π
+BY_HAND = {
+    "alpha 0": ((1, 1), 0.0, "sequence", 0.0, [[-0.1, -0.1], [0.1, 0.1]]),
+    "chosen side": ((1, 0), 0.5, "sequence", 0.015, [[-0.12, -0.0875], [0.1, 0.1]]),
+    "rejected side": ((0, 1), 0.5, "sequence", 0.05, [[-0.1, -0.1], [0.085, 0.11]]),
+    "both sides": ((1, 1), 0.5, "sequence", 0.065, [[-0.12, -0.0875], [0.085, 0.11]]),
+    "static": ((1, 1), 0.5, "static", 0.1625, [[-0.15, -0.06875], [0.0625, 0.125]]),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_treg_loss_by_hand(case):
+    """L = −log σ(z) − α w Σ r̂ r, with the rewards of the test above, α = ½.
+
+    z = (ln 2 + ln 2) − (ln 2 − ln 2) = ln 4, so −log σ(z) = ln(1 + ¼) and w = σ(−z) = ⅕.
+    Σ r̂ r = (.4 − .25) ln 2 = .15 ln 2 for chosen, (.3 + .2) ln 2 = .5 ln 2 for rejected.
+    Times α w = ⅒: .015 ln 2 and .05 ln 2, together .065 ln 2.
+
+    ∂L/∂log π = ∓β w = ∓⅒ for α = 0. The regulariser rescales it, token by token:
+    chosen    −⅒ (1 + ½ · .4) = −.12     −⅒ (1 − ½ · .25) = −.0875
+    rejected  +⅒ (1 − ½ · .3) = +.085    +⅒ (1 + ½ · .2) = +.11
+
+    Static weighting has ½ for w beside α alone: .1625 ln 2, and ∓½ (⅕ ± ¼ r̂).
+    """
+    sides, alpha, weighting, regulariser, gradient = BY_HAND[case]
+    hat = double([0.4, -0.25], [0.3, -0.2]) * double(sides).T
+    logps = POLICY.clone().requires_grad_()
+    chosen, rejected = treg.dpo_rewards(logps, REFERENCE, MASK, 0.5).split(1)
+    loss, margin = treg.treg_loss(chosen, rejected, *hat.split(1), alpha, weighting=weighting)
+    close(margin, [math.log(4)], "z = Σ r(chosen) − Σ r(rejected): sides swapped? means for sums?")
+    hint = (
+        f"{case}: L = −log σ(z) − α·w·Σ r̂·r: is α there? is w = σ(−z), not σ(z), and ½ if static? "
+        "a sum over tokens, of both sides, with the same sign? a loss for each pair?"
+    )
+    close(loss, [math.log(5 / 4) - regulariser * math.log(2)], hint)
+    loss.sum().backward()
+    close(logps.grad[0], gradient[0], f"{case}: {GRADIENT['chosen']}: {DETACHED}")
+    close(logps.grad[1], gradient[1], f"{case}: {GRADIENT['rejected']}: {DETACHED}")
+
+
+def test_gamma_lowers_the_margin_and_raises_the_weight():
+    """One token a side: r = 1 and 0, γ = 1 + ln 3, α = 1, r̂ = 1 and 0 (which is the SFT variant).
+
+    z = 1 − 0 − γ = −ln 3, −log σ(z) = ln(1 + 3), w = σ(ln 3) = ¾, Σ r̂ r = 1: L = ln 4 − ¾.
+    ∂L/∂r = −w (1 + 1) = −3/2 for the chosen token, and +w (1 − 0) = ¾ for the rejected one.
+    """
+    chosen = double([1.0]).requires_grad_()
+    rejected = double([0.0]).requires_grad_()
+    hats = double([1.0]), double([0.0])
+    loss, margin = treg.treg_loss(chosen, rejected, *hats, 1.0, 1 + math.log(3))
+    hint = "z = Σ r(chosen) − Σ r(rejected) − γ: is γ subtracted, in the returned margin too?"
+    close(margin, [-math.log(3)], hint)
+    close(loss, [math.log(4) - 0.75], "w = σ(−z), z has γ in it, once. Is r̂ clamped?")
+    loss.sum().backward()
+    close(chosen.grad, [[-1.5]], f"γ: {GRADIENT['chosen']}: {DETACHED}")
+    close(rejected.grad, [[0.75]], f"γ: {GRADIENT['rejected']}: {DETACHED}")
+
+
+def test_simpo_rewards_are_divided_by_the_length_of_the_response():
+    """r = (β / |y|) log π. β = 2: |y| = 4 gives the factor ½, |y| = 1 the factor 2."""
+    logps = double([-1.0, -2.0, -3.0, -4.0], [-1.5, 9.0, 9.0, 9.0]).requires_grad_()
+    mask = torch.tensor([[True] * 4, [True, False, False, False]])
+    rewards = treg.simpo_rewards(logps, mask, 2.0)
+    hint = "r = (β / |y|) log π: divided by the number of tokens in the mask, not in the batch?"
+    close(rewards, [[-0.5, -1.0, -1.5, -2.0], [-3.0, 0.0, 0.0, 0.0]], hint)
+    rewards.sum().backward()
+    close(logps.grad, [[0.5] * 4, [2.0, 0.0, 0.0, 0.0]], "∂r/∂log π = β / |y|")
+    empty = treg.simpo_rewards(logps, torch.zeros_like(mask), 2.0)
+    close(empty, [[0.0] * 4] * 2, "a row of padding alone: 0 / 0 is NaN, so let |y| be at least 1")
+
+
+@pytest.mark.parametrize("algorithm, gamma", [("dpo", 0.0), ("simpo", 0.0), ("simpo", 0.8)])
+@pytest.mark.parametrize("weighting", ["sequence", "static"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 3.0])
+def test_gradient_identity(algorithm, gamma, weighting, alpha):
+    """∂L/∂log π(chosen, t) = −s w (1 + α r̂_t), ∂L/∂log π(rejected, t) = +s w (1 − α r̂_t).
+
+    From L = −log σ(z) − α w Σ r̂ r: −log σ has the derivative −σ(−z) = −w in z; z has +1 in each
+    r(chosen, t) and −1 in each r(rejected, t); and with w constant, Σ r̂ r has r̂_t in r_t. At
+    last ∂r_t/∂log π = s: β for DPO, β/|y| for SimPO. Static: the w beside α is ½.
+    """
+    beta = 0.7
+    lengths = {"chosen": (3, 2), "rejected": (2, 4)}  # of two pairs
+    generator = torch.Generator().manual_seed(3)
+    logps, reference, hat, reward = {}, {}, {}, {}
+    for side, sizes in lengths.items():
+        mask = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+        random = torch.rand(3, *mask.shape, generator=generator, dtype=torch.float64)
+        logps[side] = (-3 * random[0]).requires_grad_()
+        hat[side] = (4 * random[1] - 2) * mask  # beyond ½ too: the loss clamps nothing
+        if algorithm == "dpo":
+            reference[side] = -3 * random[2]
+            reward[side] = treg.dpo_rewards(logps[side], reference[side], mask, beta)
+        else:
+            reference[side] = torch.zeros_like(hat[side])  # SimPO has none
+            reward[side] = treg.simpo_rewards(logps[side], mask, beta)
+
+    loss, margin = treg.treg_loss(*reward.values(), *hat.values(), alpha, gamma, weighting)
+    loss.sum().backward()
+
+    where = f"{algorithm}, {weighting}, α = {alpha}"
+    for pair in range(2):
+        z = -gamma
+        agreement = 0.0
+        tokens = []
+        for side, sign in ("chosen", 1), ("rejected", -1):
+            length = lengths[side][pair]
+            s = beta if algorithm == "dpo" else beta / length
+            for t in range(length):
+                r = s * (logps[side][pair, t] - reference[side][pair, t]).item()
+                hat_t = hat[side][pair, t].item()
+                z += sign * r
+                agreement += hat_t * r
+                tokens.append((side, sign, t, s, hat_t))
+        w = 1 / (1 + math.exp(z))
+        v = w if weighting == "sequence" else 0.5
+        value = math.log(1 + math.exp(-z)) - alpha * v * agreement
+        close(margin[pair], z, f"{where}: z of one pair of two, summed over its own tokens")
+        close(loss[pair], value, f"{where}: L of one pair of two: r̂ as it comes, never clamped?")
+        for side, sign, t, s, hat_t in tokens:
+            expected = -sign * s * (w + sign * v * alpha * hat_t)
+            close(logps[side].grad[pair, t], expected, f"{where}: {GRADIENT[side]}: {DETACHED}")
+
+
+@pytest.mark.parametrize("weighting", ["sequence", "static"])
+def test_alpha_zero_is_bitwise_the_base_loss(weighting):
+    """α = 0: L = −log σ(z), of z = −200 too, where σ underflows in float32. Bitwise in treg.py."""
+    chosen, rejected, hat = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1))
+    chosen[0, 0] = -200.0
+    loss, margin = treg.treg_loss(chosen, rejected, hat, hat, 0.0, 0.7, weighting)
+    z = chosen.sum(-1) - rejected.sum(-1) - 0.7
+    base = -torch.nn.functional.logsigmoid(z)
+    tolerance = 0.0 if treg.treg_loss.__module__ == "treg" else 1e-4
+    close(margin.double(), z, "α = 0: z of each pair", tolerance)
+    hint = "α = 0 is −log σ(z) of each pair, 200 for z = −200, not inf: use logsigmoid or softplus"
+    close(loss.double(), base, hint, tolerance)
+
+
+def test_token_rewards_are_odd_and_bounded():
+    """d = better − worse = ln 3: σ = ¾, r̂ = ¼, ∂r̂/∂better = σ(1 − σ) = 3/16. d = −ln 3: r̂ = −¼.
+
+    Equal prompts, d = 0: r̂ = 0, no reward at all. d = ±1000: r̂ = ±½.
+    """
+    d = double([math.log(3), -math.log(3), 0.0, 1000.0, -1000.0])
+    worse = double([-1.5, -2.5, -0.5, -2000.0, -1000.0])
+    better = (worse + d).requires_grad_()
+    rewards = treg.token_rewards(better, worse, torch.ones(1, 5, dtype=torch.bool))
+    close(rewards[:, :3], [[0.25, -0.25, 0.0]], "swapped prompts change the sign, equal give 0")
+    hint = "r̂ lies in [−½, ½]: exp of a log-prob underflows, take the difference first"
+    close(rewards[:, 3:], [[0.5, -0.5]], hint)
+    if rewards.requires_grad:  # r̂ is frozen: it may be a constant
+        rewards.sum().backward()
+        close(better.grad[:, :3], [[3 / 16, 3 / 16, 1 / 4]], "∂r̂/∂better = σ(1 − σ)")
+
+
+@pytest.mark.parametrize("name", ["token_rewards", "dpo_rewards", "simpo_rewards"])
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("padding", [math.nan, math.inf, -1e30])
+def test_padding_changes_no_value_and_no_gradient(name, kind, padding):
+    """A mask may be bool, int or float: write mask.bool(). Where it is 0, anything may stand."""
+    real = torch.tensor([[True, True, True], [True, False, False]])
+    where = f"{name}, {kind} mask, padding of {padding}"
+    results = []
+    for mask, fill in (real, 0.0), (real.to(kind), padding):
+        logps = double([-1.0, -2.0, -0.5], [-3.0, fill, fill]).requires_grad_()
+        logps.grad = torch.zeros_like(logps)
+        frozen = double([-1.5, -1.0, -0.7], [-2.0, fill, fill])
+        before = frozen.clone()
+        rest = {"token_rewards": (frozen, mask), "dpo_rewards": (frozen, mask, 0.5)}
+        values = getattr(treg, name)(logps, *rest.get(name, (mask, 0.5)))
+        close(frozen, before, f"{where}: the caller's tensors must not change", 0.0)
+        if values.requires_grad:  # r̂ may be a constant
+            values.sum().backward()
+        results.append((values.detach(), logps.grad))
+    (clean, clean_gradient), (values, gradient) = results
+    hint = f"{where}: is the mask used, as mask.bool(), and not as a factor? NaN × 0 is NaN"
+    close(values, clean * real, hint, 0.0)
+    close(gradient, clean_gradient * real, f"{where}: mask before σ: a NaN's gradient is NaN", 0.0)
+
+
+@pytest.mark.parametrize("style", treg.PROMPTS)
+def test_contrastive_prompts_rewrite_the_last_user_message(style):
+    """Of a text both prompts are texts; of messages they are messages, all but one unchanged."""
+    better, worse = treg.contrastive_prompts("Name a bird.", "A crow.", style)
+    for text in (better, worse):
+        assert "Name a bird." in text, "both prompts show the prompt"
+        assert ("A crow." in text) == (style == "revise"), "only revise shows the response"
+    assert re.search("more helpful|is helpful", better), "(better, worse): are they swapped?"
+    assert re.search("less helpful|unhelpful", worse), "(better, worse): are they swapped?"
+
+    roles = "system", "user", "assistant", "user", "assistant"
+    talk = [{"role": role, "content": "Name a bird."} for role in roles]
+    before = copy.deepcopy(talk)
+    both = treg.contrastive_prompts(talk, "A crow.", style)
+    assert talk == before, "the caller's messages must not change: did you write into them?"
+    for messages, text in zip(both, (better, worse), strict=True):
+        assert messages[4:] == talk[4:], "all others stay, after the last *user* message too"
+        expected = [*talk[:3], {"role": "user", "content": text}, talk[4]]
+        assert messages == expected, "the last user message is rewritten as a text is, no other"
+
+
+def test_contrastive_prompts_take_texts_literally():
+    """A {response}, a brace or a backslash within a prompt is just text."""
+    style = {"better": "{response}|{prompt}|+", "worse": "{prompt}|-"}
+    prompts = treg.contrastive_prompts("a {response} {0} \\1 %s", "b {prompt}", style)
+    expected = ["b {prompt}|a {response} {0} \\1 %s|+", "a {response} {0} \\1 %s|-"]
+    assert list(prompts) == expected, "a {response} in a prompt is text: fill both in one pass"
+
+
+# --------------------------------------------------------------------- 2 grading a student's file
+# Guards the grading: right code in any style passes, and each typical mistake meets its hint.
+METHOD = {name: test for name, test in globals().items() if name.startswith("test_")}
+for method_test in METHOD.values():
+    method_test.method = True  # pytest -k finds attributes as it finds names
+
+PUBLIC = (
+    *("contrastive_prompts", "token_rewards", "dpo_rewards", "simpo_rewards", "treg_loss"),
+    *("response_logps", "annotate", "load_pairs", "credit_auroc"),
+)
+CRASHES = {  # words of an exception: what to look at
+    "require grad|used in the graph": "no gradient reaches log π: detached, or under no_grad?",
+    "in-place operation": "do not write into the arguments: they are the caller's",
+    "No comparison pair": "the result should be a tensor",
+    "unpack|iterat|0-d|zip": "treg_loss returns (loss, margin), and prompts are (better, worse)",
+    "[Bb]ool|mask|bitwise": "a mask may be bool, int or float: write mask.bool(), and ~ after it",
+    "dtype|Float|Double": "keep the dtype of the arguments, here float64: is there a float32?",
+}
+
+
+def in_short(test):
+    """The test, but it fails with a hint of a few lines and without a traceback."""
+
+    @functools.wraps(test)
+    def short(**values):
+        hint = None
+        try:
+            test(**values)
+        except AssertionError as error:
+            hint = str(error)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            frame = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+            known = [hint for words, hint in CRASHES.items() if re.search(words, str(error))]
+            where = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
+            hint = "\n".join([*known[:1], f"{where}: {type(error).__name__}: {error}"])
+        if hint is not None:
+            pytest.fail("\n".join(hint.splitlines()[:3]), pytrace=False)
+
+    return short
 
 
 def graded(path):
-    """-> treg with the public functions that a student's file defines in place of its own; or a whole copy, changed."""
+    """-> treg with a student's public functions in place of its own, or a whole copy, changed."""
     loader = importlib.machinery.SourceFileLoader("student", str(Path(path).resolve()))
     spec = importlib.util.spec_from_loader("student", loader)
     student = sys.modules["student"] = importlib.util.module_from_spec(spec)
@@ -57,1974 +380,36 @@ def graded(path):
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         line = [f", line {frame.lineno}" for frame in frames if frame.filename == loader.path][-1:]
-        raise pytest.Collector.CollectError(f"TREG={path}{''.join(line)}: {type(error).__name__}: {error}")
-    names = [name for name in PUBLIC if getattr(student, name, OURS[name]) is not OURS[name]]
+        reason = f"TREG={path}{''.join(line)}: {type(error).__name__}: {error}"
+        raise pytest.Collector.CollectError(reason) from None
+    ours = vars(treg)
+    names = [name for name in PUBLIC if getattr(student, name, ours[name]) is not ours[name]]
     if not names:
         raise pytest.Collector.CollectError(f"TREG={path}: defines none of {', '.join(PUBLIC)}")
-    warnings.warn(f"graded: {', '.join(names)} of {path}; all else is treg.py's")  # a misspelt name is not graded
-    if {name for name in vars(treg) if not name.startswith("__")} <= vars(student).keys():
+    warnings.warn(f"graded: {', '.join(names)} of {path}; all else is treg.py's", stacklevel=2)
+    if {name for name in ours if not name.startswith("__")} <= vars(student).keys():
         sys.modules["treg"] = student
         return student
-    for name in [*names, *{"UserError"} & vars(student).keys()]:
+    for name in names:
         setattr(treg, name, getattr(student, name))
-    if "response_logps" in names:  # treg.py counts the tokens that it computes
-        @functools.wraps(student.response_logps)
-        def response_logps(model, prompts, responses):
-            treg.response_logps.positions += sum(map(len, [*prompts, *responses]))
-            return student.response_logps(model, prompts, responses)
-        treg.response_logps, response_logps.positions = response_logps, 0
     return treg
 
 
 if "TREG" in os.environ:
     treg = graded(os.environ["TREG"])
-not_graded = pytest.mark.skipif("TREG" in os.environ, reason="how treg.py does it, not what a student's file must do")
-
-
-def double(*rows):
-    return torch.tensor(rows, **DOUBLE)
-
-
-def close(found, expected, hint, tolerance=1e-10):
-    found, expected = torch.as_tensor(found, **DOUBLE), torch.as_tensor(expected, **DOUBLE)
-    assert found.shape == expected.shape, f"{hint}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    assert torch.allclose(found, expected, rtol=0, atol=tolerance), (
-        f"{hint}: {found.tolist()}, expected {expected.tolist()}")
-
-
-# ---------------------------------------------------------------------------------------------------- 1 prompts
-def test_contrastive_prompts_keep_the_kind_of_the_prompt():
-    for style in treg.PROMPTS:
-        better, worse = treg.contrastive_prompts("Name a bird.", "A crow.", style)
-        assert better != worse and all("Name a bird." in text for text in (better, worse)), "both show the prompt"
-        assert ("A crow." in better) == ("A crow." in worse) == (style == "revise"), "only revise shows the response"
-        talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
-                {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Name a bird."}]
-        before = copy.deepcopy(talk)
-        both = treg.contrastive_prompts(talk, "A crow.", style)
-        assert talk == before, "the caller's messages must not change: did you write into them?"
-        for messages, text in zip(both, (better, worse)):
-            assert messages == talk[:3] + [{"role": "user", "content": text}], "only the last user message is rewritten"
-
-
-def test_contrastive_prompts_ask_for_better_first_and_worse_second():
-    for style in treg.PROMPTS:
-        better, worse = treg.contrastive_prompts("x", "y", style)
-        assert re.search(r"more helpful|is helpful", better) and re.search(r"less helpful|unhelpful", worse), \
-            "(better, worse): are the two prompts swapped?"
-
-
-def test_contrastive_prompts_take_texts_literally():
-    style = {"better": "{response}|{prompt}|+", "worse": "{prompt}|-"}
-    assert tuple(treg.contrastive_prompts("a {response} {0} \\1 %s", "b {prompt}", style)) == (
-        "b {prompt}|a {response} {0} \\1 %s|+", "a {response} {0} \\1 %s|-"), \
-        "a prompt that holds {response}, or a brace, is just text: fill both fields in one pass"
-
-
-# ---------------------------------------------------------------------------------------------- 2 token rewards
-def test_token_rewards_values_and_gradient():
-    """r̂ = σ(d) − ½ with d = better − worse. d = ln 3: σ = 3/4, r̂ = 1/4. d = −ln 3: r̂ = −1/4. d = 0: r̂ = 0.
-
-    ∂r̂/∂better = σ(d)(1 − σ(d)) = 3/16, 3/16 and 1/4, and ∂r̂/∂worse is its negative.
-    """
-    ln3 = math.log(3)
-    better = double([-1.0, -2.0 - ln3, -3.0]).requires_grad_()
-    worse = double([-1.0 - ln3, -2.0, -3.0]).requires_grad_()
-    rewards = treg.token_rewards(better, worse, torch.ones(1, 3))
-    close(rewards[:, 2:], [[0.0]], "r̂ of a token as likely after both prompts is 0: σ(0) = ½, is ½ subtracted?")
-    close(rewards, double([0.25, -0.25, 0.0]), "r̂ = σ(better − worse) − ½: are better and worse swapped?")
-    rewards.sum().backward()
-    close(better.grad, double([3 / 16, 3 / 16, 1 / 4]), "∂r̂/∂better = σ(1 − σ)")
-    close(worse.grad, -better.grad, "∂r̂/∂worse = −∂r̂/∂better")
-
-
-def test_token_rewards_swapped_prompts_flip_the_sign_and_equal_prompts_give_zero():
-    generator = torch.Generator().manual_seed(0)
-    better, worse = (torch.randn(4, 7, generator=generator) * 3 for _ in range(2))
-    mask = torch.ones(4, 7, dtype=torch.bool)
-    rewards = treg.token_rewards(better, worse, mask)
-    close(treg.token_rewards(worse, better, mask), -rewards.double(), "swapped prompts flip the sign of r̂", 1e-6)
-    assert not treg.token_rewards(better, better, mask).any(), "identical prompts carry no reward: exactly 0"
-    better, worse = torch.tensor([[-0.5, -400.0, -400.0]]), torch.tensor([[-400.0, -0.5, -200.0]])
-    assert treg.token_rewards(better, worse, mask[:1, :3]).tolist() == [[0.5, -0.5, -0.5]], (
-        "r̂ lies in [−½, ½]: exp of a log-prob underflows, take the difference first")
-
-
-@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32])
-@pytest.mark.parametrize("padding", [math.nan, math.inf, -1e30])
-def test_padding_changes_no_value_and_no_gradient(kind, padding):
-    """Rows of 3 and 1 tokens; what stands in the padding of the second must not matter, whatever the mask's type."""
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).to(kind)
-
-    def all_three(fill):
-        first = double([-1.0, -2.0, -0.5], [-3.0, fill, fill]).requires_grad_()
-        second = double([-1.5, -1.0, -0.7], [-2.0, fill, fill]).requires_grad_()
-        results = [treg.token_rewards(first, second, mask), treg.dpo_rewards(first, second, mask, 0.1),
-                   treg.simpo_rewards(first, mask, 2.0)]
-        sum(r.sum() * k for k, r in enumerate(results, 1)).backward()
-        return results, (first.grad, second.grad)
-
-    (values, gradients), (clean, clean_gradients) = all_three(padding), all_three(0.0)
-    for name, value, expected in zip(("token_rewards", "dpo_rewards", "simpo_rewards"), values, clean):
-        assert torch.equal(value, expected), (
-            f"{name}: padding of {padding} changed a value: is the mask used, and not as a factor? NaN × 0 is NaN")
-        assert value[1, 1:].tolist() == [0.0, 0.0], f"{name}: must be exactly 0 where mask is 0"
-    for gradient, expected in zip(gradients, clean_gradients):
-        assert torch.equal(gradient, expected), (
-            f"padding of {padding} changed a gradient: mask before σ, since the gradient of a NaN is NaN even times 0")
-
-
-# ---------------------------------------------------------------------------- 3 implicit rewards and the loss
-def test_dpo_rewards_values_and_gradient():
-    """r = β (log π − log π_ref) = 0.5 · (−1 + 3, −2 + 1) = (1, −½); ∂r/∂log π = β, ∂r/∂log π_ref = −β."""
-    logps, ref = double([-1.0, -2.0]).requires_grad_(), double([-3.0, -1.0]).requires_grad_()
-    rewards = treg.dpo_rewards(logps, ref, torch.ones(1, 2), 0.5)
-    close(rewards, double([1.0, -0.5]), "r = β (log π − log π_ref): is β there, and the reference subtracted?")
-    rewards.sum().backward()
-    close(logps.grad, double([0.5, 0.5]), "∂r/∂log π = β")
-    close(ref.grad, double([-0.5, -0.5]), "∂r/∂log π_ref = −β")
-
-
-def test_simpo_rewards_are_divided_by_the_length_of_the_response():
-    """r = (β / |y|) log π. β = 2; |y| = 4 gives the factor ½, |y| = 1 the factor 2: a mean, and no padding in it."""
-    logps = double([-1.0, -2.0, -3.0, -4.0], [-1.5, 9.0, 9.0, 9.0]).requires_grad_()
-    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
-    rewards = treg.simpo_rewards(logps, mask, 2.0)
-    close(rewards[0], [-0.5, -1.0, -1.5, -2.0], "r = (β / |y|) log π: is it divided by the number of tokens?")
-    close(rewards[1], [-3.0, 0.0, 0.0, 0.0], "r = (β / |y|) log π: |y| counts the tokens in the mask, not the padding")
-    rewards.sum().backward()
-    close(logps.grad, double([0.5] * 4, [2.0, 0.0, 0.0, 0.0]), "∂r/∂log π = β / |y|")
-    assert treg.simpo_rewards(torch.zeros(1, 2), torch.zeros(1, 2), 2.0).tolist() == [[0.0, 0.0]], \
-        "a row of padding alone has no reward: 0 / 0 is NaN, so let |y| be at least 1"
-
-
-def test_margin_is_a_difference_of_sums_less_gamma():
-    """Σ r = 1 + 2 and ½ − ¼ + ¼: z = 3 − ½ = 5/2, and with γ = 1 it is 3/2."""
-    sides = double([1.0, 2.0]), double([0.5, -0.25, 0.25]), double([0.0, 0.0]), double([0.0, 0.0, 0.0])
-    for gamma, z, hint in ((0.0, 2.5, "z = Σ r(chosen) − Σ r(rejected): chosen less rejected? sums, not means?"),
-                           (1.0, 1.5, "z = Σ r(chosen) − Σ r(rejected) − γ: is γ subtracted, and in the result too?")):
-        close(treg.treg_loss(*sides, 0.5, gamma)[1], [z], hint)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.7])
-def test_alpha_zero_is_bitwise_the_base_loss(gamma):
-    """Bitwise in treg.py; code in another style may round otherwise."""
-    generator = torch.Generator().manual_seed(1)
-    chosen, rejected, hat = (torch.randn(5, 6, generator=generator) for _ in range(3))
-    z = chosen.sum(-1) - rejected.sum(-1) - gamma
-    for weighting in ("sequence", "static"):
-        found = treg.treg_loss(chosen, rejected, hat, hat, 0.0, gamma, weighting)
-        for value, expected in zip(found, (-torch.nn.functional.logsigmoid(z), z)):
-            close(value, expected, "α = 0 is −log σ(z) of each pair: is the regulariser times α? no mean?", 1e-5)
-            assert treg.treg_loss is not OURS["treg_loss"] or torch.equal(value, expected), "not bitwise the base loss"
-    loss, _ = treg.treg_loss(*torch.tensor([[[-200.0]], [[0.0]], [[0.0]], [[0.0]]]), 0.0)
-    close(loss, [200.0], "−log σ(−200) is 200, not inf: σ underflows before the log; use logsigmoid or softplus")
-
-
-def test_regulariser_rewards_agreement_on_both_sides():
-    """r = (2, −2) on both sides: z = 0, w = ½. r̂ = (½, 0) on one side, 0 on the other, α = 1: L = ln 2 − ½ · ½ · 2."""
-    r, hat, zero = double([2.0, -2.0]), double([0.5, 0.0]), double([0.0, 0.0])
-    for side, hats in zip(treg.SIDES, ((hat, zero), (zero, hat))):
-        close(treg.treg_loss(r, r, *hats, 1.0)[0] - math.log(2), [-0.5], f"the regulariser of the {side} response is "
-              "−α w Σ r̂ r: a sum over tokens, on both sides, with the same sign?")
-
-
-def test_gamma_lowers_the_margin_and_raises_the_weight():
-    """Σ r = 1 and 0, γ = 1 + ln 3: z = −ln 3, −log σ(z) = ln 4, w = ¾; one token, r̂ = 1, α = 1: L = ln 4 − ¾."""
-    loss, margin = treg.treg_loss(double([1.0]), double([0.0]), double([1.0]), double([0.0]), 1.0, 1 + math.log(3))
-    close(margin, [-math.log(3)], "z = … − γ: is γ subtracted?")
-    close(loss, [math.log(4) - 0.75], "w = σ(−z), γ included, weighs most the pair that is not told apart: is it σ(z)?")
-
-
-def gradient_hint(side, scale="β", weighting="sequence"):
-    sign, inner = ("−", "+") if side == "chosen" else ("+", "−")
-    if weighting == "static":
-        return (f"the gradient of a {side} token should be {sign}{scale}·(w {inner} ½·α·r̂): "
-                "static weighting is ½ in the regulariser alone")
-    return f"the gradient of a {side} token should be {sign}{scale}·w·(1 {inner} α·r̂): did you detach the weight?"
-
-
-# the README's example: log-probs (better, worse, π, π_ref) of (chosen, rejected) responses of two tokens
-EXAMPLE = double([[.45, .1], [.4, .3]], [[.05, .3], [.1, .7]], [[.4, .8], [.2, .2]], [[.1, .2], [.05, .8]]).log()
-
-
-def test_treg_loss_by_hand():
-    """The README's example: two tokens a side, DPO, β = ½, α = ½; σ(log a − log b) = a / (a + b).
-
-    r̂(chosen) = .45/.50 − ½, .1/.4 − ½ = .4, −.25; r̂(rejected) = .4/.5 − ½, .3/1 − ½ = .3, −.2.
-    r = ½ log(π/π_ref): ½ log 4 = ln 2 three times, ½ log ¼ = −ln 2 for the last. z = 2 ln 2 − 0 = ln 4.
-    −log σ(z) = ln(5/4); w = σ(−z) = ⅕; Σ r̂ r = (.4 − .25 + .3 + .2) ln 2 = .65 ln 2; L = ln(5/4) − ½ · ⅕ · .65 ln 2.
-    ∂L/∂log π = ∓β w = ∓.1 for α = 0. α = ½: −.1 (1 + .2, 1 − .125) and +.1 (1 − .15, 1 + .1).
-    Static weighting puts ½ for w in the regulariser alone: −½ (⅕ + ¼ r̂) and +½ (⅕ − ¼ r̂).
-    """
-    better, worse, policy, ref = EXAMPLE
-    mask, ln2, ln54 = torch.ones(2, 2), math.log(2), math.log(5 / 4)
-    hat = treg.token_rewards(better, worse, mask)
-    close(hat, [[.4, -.25], [.3, -.2]], "r̂ = σ(better − worse) − ½")
-    for alpha, weighting, loss, gradient in (
-            (0.0, "sequence", ln54, [[-.1, -.1], [.1, .1]]),
-            (0.5, "sequence", ln54 - 0.065 * ln2, [[-.12, -.0875], [.085, .11]]),
-            (0.5, "static", ln54 - 0.1625 * ln2, [[-.15, -.06875], [.0625, .125]])):
-        logps = policy.clone().requires_grad_()
-        rewards = treg.dpo_rewards(logps, ref, mask, 0.5)
-        close(rewards, [[ln2, ln2], [ln2, -ln2]], "r = β (log π − log π_ref)")
-        found, margin = treg.treg_loss(*rewards.chunk(2), *hat.chunk(2), alpha, weighting=weighting)
-        close(margin, [2 * ln2], "z = Σ r(chosen) − Σ r(rejected)")
-        close(found, [loss], f"L = −log σ(z) − α w Σ r̂ r, {weighting} weighting, α = {alpha}: w is σ(−z), static ½")
-        found.sum().backward()
-        for row, side in enumerate(treg.SIDES):
-            close(logps.grad[row], gradient[row], gradient_hint(side, weighting=weighting))
-
-
-def identity(algorithm, alpha, gamma, weighting):
-    """-> (∂L/∂log π of both sides by autograd, the same by the identity), rows of 3 and 2 against 2 and 4 tokens."""
-    generator = torch.Generator().manual_seed(3)
-    masks = torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    logps = [-torch.rand(mask.shape, generator=generator, **DOUBLE) * 3 for mask in masks]
-    refs = [-torch.rand(mask.shape, generator=generator, **DOUBLE) * 3 for mask in masks]
-    hats = [(torch.rand(mask.shape, generator=generator, **DOUBLE) - 0.5) * mask for mask in masks]
-    logps = [row.requires_grad_() for row in logps]
-    if algorithm == "dpo":
-        rewards = [treg.dpo_rewards(p, q, m, 0.3) for p, q, m in zip(logps, refs, masks)]
-        scales = [0.3 * m.double() for m in masks]
-    else:
-        rewards = [treg.simpo_rewards(p, m, 1.7) for p, m in zip(logps, masks)]
-        scales = [1.7 * m.double() / m.sum(-1, keepdim=True) for m in masks]
-    loss, margin = treg.treg_loss(*rewards, *hats, alpha, gamma, weighting)
-    loss.sum().backward()
-    w = torch.sigmoid(-(rewards[0].sum(-1) - rewards[1].sum(-1) - gamma)).detach()[:, None]
-    v = w if weighting == "sequence" else 0.5
-    expected = [-scales[0] * (w + v * alpha * hats[0]), scales[1] * (w - v * alpha * hats[1])]
-    return [row.grad for row in logps], expected
-
-
-@pytest.mark.parametrize("algorithm, gamma", [("dpo", 0.0), ("simpo", 0.0), ("simpo", 0.8)])
-@pytest.mark.parametrize("weighting", ["sequence", "static"])
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 3.0])
-def test_gradient_identity(algorithm, gamma, weighting, alpha):
-    """∂L/∂log π(chosen, t) = −s w (1 + α r̂_t), ∂L/∂log π(rejected, t) = +s w (1 − α r̂_t), s = β or β/|y|.
-
-    From L = −log σ(z) − α w Σ r̂ r: −log σ has the derivative −σ(−z) = −w in z, z has +1 in each r(chosen, t) and −1
-    in each r(rejected, t), and with w constant Σ r̂ r has r̂_t in r_t. Static: the w before α is ½.
-    """
-    for found, expected, side in zip(*identity(algorithm, alpha, gamma, weighting), treg.SIDES):
-        close(found, expected, gradient_hint(side, "β" if algorithm == "dpo" else "(β/|y|)", weighting))
-
-
-def test_token_rewards_are_not_clamped_by_the_loss():
-    """z = 0, w = ½, r̂ = 5: L = ln 2 − 1 · ½ · 5 · 2."""
-    loss, _ = treg.treg_loss(double([2.0]), double([2.0]), double([5.0]), double([0.0]), 1.0)
-    close(loss, [math.log(2) - 5.0], "L with a large r̂: the loss takes token rewards as they come")
-
-
-def test_sft_variant_is_likelihood_of_the_chosen_response():
-    """r̂ = 1 on chosen, 0 on rejected: ∂L/∂r(chosen) = −w (1 + α), ∂L/∂r(rejected) = +w. w = α = ½: −¾ and ½."""
-    chosen, rejected = double([0.0]).requires_grad_(), double([0.0]).requires_grad_()
-    treg.treg_loss(chosen, rejected, double([1.0]), double([0.0]), 0.5)[0].sum().backward()
-    close(chosen.grad, double([-0.75]), "∂L/∂r(chosen) = −w (1 + α)")
-    close(rejected.grad, double([0.5]), "∂L/∂r(rejected) = +w")
-
-
-METHOD = [test for name, test in globals().items() if name.startswith("test_")]  # what a student's method must pass
-for method_test in METHOD:
-    method_test.method = True  # pytest -k finds attributes as it finds names
+    globals().update({name: in_short(test) for name, test in METHOD.items()})
+not_graded = pytest.mark.skipif(
+    "TREG" in os.environ, reason="treg.py's own way; others are right too"
+)
 
 
 @not_graded
 def test_unknown_weighting_is_refused():
     with pytest.raises(ValueError, match="static"):
-        treg.treg_loss(*[torch.zeros(1, 1)] * 4, 0.5, weighting="token")
+        treg.treg_loss(*torch.zeros(4, 1, 1), 0.5, weighting="token")
 
 
-# ------------------------------------------------------------------------------------------------------- 4 data
-SLOTS = {
-    "size": "tiny small large huge tall short".split(),
-    "colour": "red blue green gold black white pink grey".split(),
-    "material": "wooden paper glass stone brass clay woollen iron".split(),
-    "object": "lamp clock chair vase basket statue kettle drum mirror box".split(),
-    "place": "kitchen garden attic library cellar hall shed tower".split(),
-}
-SHAPES = [
-    "There is a {size} {colour} {material} {object} in the {place}.",
-    "In the {place} stands a {size} {material} {object}, painted {colour}.",
-    "The {object} in the {place} is {size}, {colour} and {material}.",
-    "A {colour} {object}, {size} and {material}, waits in the {place}.",
-]
-
-
-def respond(rng, world):
-    """-> (a response in one of the shapes, each slot wrong with probability 0.3; the spans of its wrong words)."""
-    text, errors = "", []
-    for part in re.split(r"(\{\w+\})", rng.choice(SHAPES)):
-        if part.startswith("{"):
-            right, start = world[part[1:-1]], len(text)
-            part = rng.choice([word for word in SLOTS[part[1:-1]] if word != right]) if rng.random() < 0.3 else right
-            errors += [[start, start + len(part)]] * (part != right)
-        text += part
-    return text, errors
-
-
-def tiny_data():
-    """-> the text of tiny_data.jsonl: 1,500 prompts, each once, with the better of two responses as the chosen one."""
-    rng, seen, lines = random.Random(0), set(), []
-    for split, count in {"warmup": 900, "train": 300, "validation": 150, "test": 150}.items():
-        while count:
-            world = {slot: rng.choice(words) for slot, words in SLOTS.items()}
-            prompt = "Describe a {size} {colour} {material} {object} in the {place}.".format(**world)
-            chosen, rejected = sorted((respond(rng, world), respond(rng, world)), key=lambda said: len(said[1]))
-            if prompt in seen or len(chosen[1]) == len(rejected[1]):
-                continue
-            seen.add(prompt)
-            count -= 1
-            lines.append(json.dumps({"split": split, "prompt": prompt, "chosen": chosen[0], "rejected": rejected[0],
-                                     "chosen_errors": chosen[1], "rejected_errors": rejected[1],
-                                     "keywords": list(world.values())}) + "\n")
-    return "".join(lines)
-
-
-def test_tiny_data_is_made_again_bit_for_bit():
-    """To write it anew: python -c "import test_treg; open('tiny_data.jsonl', 'w').write(test_treg.tiny_data())"."""
-    assert (HERE / "tiny_data.jsonl").read_bytes() == tiny_data().encode()
-
-
-def test_tiny_data_splits_share_no_prompt_and_chosen_has_fewer_errors():
-    splits = {split: treg.load_pairs(HERE / "tiny_data.jsonl", split) for split in ("warmup", "train", "validation", "test")}
-    prompts = [pair["prompt"] for pairs in splits.values() for pair in pairs]
-    assert len(set(prompts)) == len(prompts) == 1500
-    errors = treg.judge(splits["train"])
-    for pair in splits["test"]:
-        wrong = [errors(pair[side], pair["keywords"]) for side in treg.SIDES]
-        assert wrong == [len(pair[f"{side}_errors"]) for side in treg.SIDES] and wrong[0] < wrong[1]
-    assert 0.2 < np.mean([bool(pair["chosen_errors"]) for pair in splits["train"]]) < 0.8, "chosen is not always perfect"
-
-
-def test_judge_counts_wrong_words_and_unknown_shapes():
-    pairs = [{"keywords": ["red", "box"], "chosen": "A red box.", "rejected": "The box is red."},
-             {"keywords": ["blue", "cup"], "chosen": "A blue cup.", "rejected": "The cup is red."}]
-    errors = treg.judge(pairs)
-    for text, expected in {"A red box.": 0, " The box is red.\n": 0, "A blue box.": 1, "The cup is blue.": 2,
-                           "A box red.": 1, "Red box!": 1, "A red box. A red box.": 1, "": 2}.items():
-        assert errors(text, ["red", "box"]) == expected, text
-
-
-def test_good_tokens_are_those_that_overlap_no_error_span():
-    model, tokenizer = small_model()
-    text = "A red lamp, tiny and red."
-    good = treg.good_tokens(tokenizer, text, [[2, 5], [12, 14]])
-    pieces = [tokenizer.decode([i]) for i in treg.response_ids(tokenizer, text, treg.end_token(tokenizer))][:-1]
-    assert len(good) == len(pieces)
-    end = 0
-    for piece, is_good in zip(pieces, good):
-        start, end = end + len(piece) - len(piece.lstrip()), end + len(piece)
-        assert is_good == (not (start < 5 and 2 < end or start < 14 and 12 < end)), f"{piece!r} at {start}"
-
-
-# -------------------------------------------------------------------------------------------------- 5 log-probs
-def small_model(kind="gpt2", tokenizer=None, **extra):
-    """-> (a random model of about 50,000 parameters, large enough in its weights to tell right from wrong; tokenizer)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["<|end|>", *letters])}, merges=[]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.chat_template = treg.PLAIN_TEMPLATE
-    config = AutoConfig.for_model(kind, **{**dict(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=512, bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.2), **extra})
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval(), tokenizer
-
-
-def some_rows(count=3, seed=0):
-    """-> prompts twice, then two responses a prompt, of uneven lengths, some beginning alike."""
-    rng = random.Random(seed)
-    ids = lambda n: [rng.randrange(1, 257) for _ in range(n)]
-    prompts = [ids(rng.randint(3, 12)) for _ in range(count)]
-    chosen = [ids(rng.randint(1, 9)) + [0] for _ in prompts]
-    rejected = [c[:2] + ids(rng.randint(1, 9)) + [0] for c in chosen]
-    return prompts * 2, chosen + rejected
-
-
-def pairs_of(prompts, responses):
-    """The same rows as encoded pairs."""
-    half = len(prompts) // 2
-    return [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(np.array, row)))
-            for row in zip(prompts, responses, responses[half:])]
-
-
-def one_at_a_time(model, prompts, responses):
-    """The naive oracle: for each response token one forward pass over all that stands before it."""
-    rows = []
-    with torch.no_grad():
-        for prompt, response in zip(prompts, responses):
-            rows.append([model(torch.tensor([prompt + response[:t]])).logits[0, -1].log_softmax(-1)[token].item()
-                         for t, token in enumerate(response)])
-    return rows
-
-
-def one_pass(model, prompt, response):
-    """The same by one pass over prompt and response, for longer ones."""
-    with torch.no_grad():
-        logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-    return [logps[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
-
-
-KINDS = {"gpt2": {}, "llama": {"num_key_value_heads": 2}, "qwen2": {"num_key_value_heads": 2}, "gpt_neox": {}}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
-def test_response_logps_against_one_token_at_a_time(kind, shared):
-    model, _ = small_model(kind, **KINDS[kind])
-    model.shares_prompts = shared
-    prompts, responses = some_rows()
-    logps, mask = treg.response_logps(model, prompts, responses)
-    assert logps.dtype == torch.float32 and logps.shape == mask.shape == (6, max(map(len, responses)))
-    for row, real, response, expected in zip(logps, mask, responses, one_at_a_time(model, prompts, responses)):
-        assert real.tolist() == [t < len(response) for t in range(len(real))], "the mask covers the response and its end token"
-        close(row[:len(response)].double().detach(), expected, "column t is log π of response token t", 1e-5)
-
-
-@not_graded
-@pytest.mark.parametrize("kind", KINDS)
-def test_shared_prompts_give_the_gradients_of_separate_rows(kind):
-    gradients, positions = [], []
-    for shared in (False, True):
-        model, _ = small_model(kind, **KINDS[kind])
-        model.shares_prompts = shared
-        prompts, responses = some_rows()
-        before = treg.response_logps.positions
-        logps, mask = treg.response_logps(model, prompts, responses)
-        positions.append(treg.response_logps.positions - before)
-        (logps * mask * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
-    assert positions[1] <= positions[0] - sum(map(len, prompts)) // 2, "a prompt shared by two responses is computed once"
-
-
-def test_log_probs_do_not_depend_on_the_batch():
-    model, _ = small_model()
-    model.shares_prompts = True
-    prompts, responses = some_rows(6)
-    together, _ = treg.response_logps(model, prompts, responses)
-    for i in range(len(prompts)):
-        alone, _ = treg.response_logps(model, prompts[i:i + 1], responses[i:i + 1])
-        close(together[i, :len(responses[i])].double().detach(), alone[0].double().detach(), "a row in another batch", 1e-5)
-
-
-def test_equal_rows_and_rows_that_begin_another_are_told_apart():
-    model, _ = small_model()
-    prompts, responses = [[5, 6]] * 4, [[7, 8, 0], [7, 8], [7, 8, 0], [7, 9]]
-    for model.shares_prompts in (False, True):
-        logps, _ = treg.response_logps(model, prompts, responses)
-        for row, expected in zip(logps, one_at_a_time(model, prompts, responses)):
-            close(row[:len(expected)].double().detach(), expected, "equal beginnings", 1e-5)
-
-
-@not_graded
-def test_prompt_sharing_turns_itself_off_where_attention_is_a_sliding_window():
-    prompts, responses = some_rows()
-    model, _ = small_model("mistral", num_key_value_heads=2, sliding_window=4)
-    assert treg.share_prompts(model, pairs_of(prompts, responses))[0] > 1e-3 and not model.shares_prompts
-    logps, _ = treg.response_logps(model, prompts, responses)
-    for row, expected in zip(logps, one_at_a_time(model, prompts, responses)):
-        close(row[:len(expected)].double().detach(), expected, "separate rows", 1e-5)
-    model, _ = small_model("mistral", num_key_value_heads=2, sliding_window=12)  # only the last pair has a row beyond it
-    rows = [(range(1, 5), range(1, 9), range(9, 17)), (range(1, 9), range(1, 11), range(9, 10))]
-    pairs = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(np.array, row))) for row in rows]
-    assert treg.share_prompts(model, pairs[:1])[0] < 1e-3 < treg.share_prompts(model, pairs)[0] and not model.shares_prompts
-    model, _ = small_model("mamba", state_size=4, expand=1)
-    treg.share_prompts(model, pairs_of(prompts, responses))
-    assert not model.shares_prompts, "a recurrent model has no attention mask"
-    model, _ = small_model()
-    assert treg.share_prompts(model, pairs_of(prompts, responses))[0] < 1e-4 and model.shares_prompts
-
-
-def test_log_softmax_is_float32_even_where_logits_are_bfloat16():
-    model, _ = small_model()
-    model.bfloat16()
-    prompts, responses = some_rows(1)
-    logps, _ = treg.response_logps(model, prompts, responses)
-    assert logps.dtype == torch.float32
-    for row, prompt, response in zip(logps, prompts, responses):
-        with torch.no_grad():
-            expected = model(torch.tensor([prompt + response])).logits[0].float().log_softmax(-1)
-        expected = [expected[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
-        close(row[:len(response)].double().detach(), expected, "log-softmax in float32", 1e-5)
-
-
-@not_graded
-def test_logits_exist_only_where_a_response_token_is_predicted():
-    model, _ = small_model()
-    prompts, responses = some_rows()
-    seen = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-2]))
-    for model.shares_prompts in (True, False):
-        seen.clear()
-        treg.response_logps(model, prompts, responses)
-        assert sum(seen) == sum(map(len, responses))
-
-
-# ------------------------------------------------------------------------------ 6 annotate, 7 train, 8 evaluate
-def options(*flags, **settings):
-    """The settings of a command line, as run() completes them."""
-    s = treg.parse(["--model", "unused", *map(str, flags)])
-    defaults = {"lr": 1e-3, **treg.DEFAULTS[settings.get("algorithm", s.algorithm)]}
-    given = {name: value for name, value in vars(s).items() if value is not None}
-    return argparse.Namespace(**{**vars(s), **defaults, **given, **settings})
-
-
-def annotated(kind="gpt2", count=7, **settings):
-    """-> (model, tokenizer, count pairs with reference log-probs and token rewards)."""
-    model, tokenizer = small_model(kind, **KINDS[kind])
-    model.shares_prompts = True
-    pairs = treg.load_pairs(HERE / "tiny_data.jsonl")[:count]
-    return model, tokenizer, treg.annotate(model, tokenizer, pairs, max_length=512, **settings)
-
-
-def test_annotate_gives_columns_that_other_trainers_can_use():
-    model, tokenizer, pairs = annotated()
-    end = treg.end_token(tokenizer)
-    for pair in pairs:
-        for side in treg.SIDES:
-            ids = pair[f"{side}_ids"].tolist()
-            assert tokenizer.decode(ids[:-1]) == pair[side] and ids[-1] == end and ids.count(end) == 1
-            better, worse = treg.contrastive_prompts(treg.as_messages(pair["prompt"]), pair[side], "answer")
-            logps = [one_pass(model, treg.prompt_ids(tokenizer, m), ids)
-                     for m in (treg.as_messages(pair["prompt"]), better, worse)]
-            close(pair[f"{side}_ref_logps"], logps[0], "reference log-probs after the plain prompt", 2e-5)
-            close(pair[f"{side}_token_rewards"], 1 / (1 + np.exp(np.subtract(logps[2], logps[1]))) - 0.5,
-                  "r̂ = σ(better − worse) − ½, the end token included", 2e-5)
-            assert np.abs(pair[f"{side}_token_rewards"]).max() > 1e-3
-
-
-def test_annotate_gives_a_tokenizer_without_a_template_the_plain_layout():
-    model, tokenizer = small_model()
-    tokenizer.chat_template = None
-    pair = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No.", "where": "here:1"}
-    pair = treg.annotate(model, tokenizer, [pair])[0]
-    assert tokenizer.decode(pair["prompt_ids"]) == "User:\nIs it?\n\nAssistant:\n"
-
-
-def test_hub_data_sets_keep_their_splits(monkeypatch):
-    rows = {split: [{"prompt": "p", "chosen": f"{split} {i}", "rejected": "r"} for i in range(3)] for split in ("train", "test")}
-    monkeypatch.setattr(treg, "load_dataset", lambda name: rows)
-    for split in rows:
-        pairs = treg.load_pairs("someone/pairs", split)
-        assert [pair["chosen"] for pair in pairs] == [f"{split} {i}" for i in range(3)]
-        assert pairs[2]["where"] == "someone/pairs:row 3"
-    assert treg.load_pairs("someone/pairs", "validation") == []
-
-
-def test_revision_prompts_show_each_response_its_own_text():
-    model, tokenizer, pairs = annotated(style="revise", count=2)
-    for pair in pairs:
-        for side, other in zip(treg.SIDES, treg.SIDES[::-1]):
-            for form in ("better", "worse"):
-                text = tokenizer.decode(pair[f"{side}_{form}_ids"])
-                assert pair[side] in text and pair[other] not in text, f"{form} prompt of the {side} response"
-
-
-def test_token_rewards_come_from_the_reward_model_if_there_is_one():
-    model, tokenizer, pairs = annotated()
-    scorer, _ = small_model("llama", **KINDS["llama"])
-    other = treg.annotate(model, tokenizer, pairs, reward_model=scorer)
-    for mine, its in zip(pairs, other):
-        assert np.allclose(mine["chosen_ref_logps"], its["chosen_ref_logps"], atol=1e-5)
-        assert not np.allclose(mine["chosen_token_rewards"], its["chosen_token_rewards"], atol=1e-2)
-
-
-def test_annotation_does_not_depend_on_the_batch():
-    results = [annotated(batch_size=size)[2] for size in (1, 7)]
-    for one, seven in zip(*results):
-        for name in [f"{side}_{name}" for side in treg.SIDES for name in ("ref_logps", "token_rewards")]:
-            close(one[name], seven[name].astype(float), name, 1e-5)
-
-
-def test_pair_accuracy_and_its_interval_by_hand():
-    """Mean r̂ higher, lower, equal: accuracy (1 + 0 + ½) / 3 = ½. Wilson at n = 3, z = 1.96: ½ ± z √(¼/3 + z²/36) / (1 + z²/3)."""
-    pairs = [{"chosen_token_rewards": np.array(c), "rejected_token_rewards": np.array(r)}
-             for c, r in (([0.1, 0.3], [0.1]), ([0.0], [0.1, 0.2]), ([0.1], [0.1, 0.1]))]
-    half = 1.96 * math.sqrt(0.25 / 3 + 1.96**2 / 36) / (1 + 1.96**2 / 3)
-    assert treg.pair_accuracy(pairs) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-12)
-
-
-@pytest.mark.parametrize("algorithm", ["dpo", "simpo"])
-def test_losses_pair_each_response_with_its_own_mask_reference_and_reward(algorithm):
-    """The batched loss is that of every pair by itself, from the naive log-probs."""
-    model, _, pairs = annotated()
-    s = options("--algorithm", algorithm, "--alpha", 0.5, "--beta", 0.7)
-    for pair in pairs:  # as if trained: else DPO's margin is 0 whatever is paired with what
-        for side in treg.SIDES:
-            pair[f"{side}_ref_logps"] = pair[f"{side}_ref_logps"] - np.linspace(0, 1, len(pair[f"{side}_ids"]), dtype=np.float32)
-    loss, metrics, _ = treg.losses(model, pairs, s)
-    for i, pair in enumerate(pairs):
-        rewards = []
-        for side in treg.SIDES:
-            ids = pair[f"{side}_ids"].tolist()
-            logps = double(one_pass(model, pair["prompt_ids"].tolist(), ids))
-            ones = torch.ones_like(logps)
-            rewards.append(treg.dpo_rewards(logps, double(pair[f"{side}_ref_logps"].tolist()), ones, 0.7)
-                           if algorithm == "dpo" else treg.simpo_rewards(logps, ones, 0.7))
-        hats = [double(pair[f"{side}_token_rewards"].tolist()) for side in treg.SIDES]
-        expected, margin = treg.treg_loss(*rewards, *hats, 0.5, s.gamma)
-        close(loss[i].item(), expected[0].item(), f"loss of pair {i}", 1e-4)
-        close(metrics[i, 1].item(), margin[0].item(), f"margin of pair {i}", 1e-4)
-        agreement = sum((r * h).sum().item() for r, h in zip(rewards, hats))
-        close(metrics[i, 4].item(), agreement, f"agreement of pair {i}", 1e-4)
-
-
-def test_accuracy_counts_a_tie_half_and_leaves_gamma_out(monkeypatch):
-    """z = Σr(chosen) − Σr(rejected) − γ = −½, −1, −1½ at γ = 1: the chosen reward is higher, the same, lower."""
-    model, _, pairs = annotated(count=3)
-    monkeypatch.setattr(treg, "treg_loss", lambda *_: (torch.zeros(3), torch.tensor([-0.5, -1.0, -1.5])))
-    metrics = treg.losses(model, pairs, options("--algorithm", "simpo", "--gamma", 1.0))[1]
-    assert metrics[:, treg.METRICS.index("accuracy")].tolist() == [1.0, 0.5, 0.0]
-
-
-def train_here(pairs_and_model=None, out=None, **settings):
-    model, _, pairs = pairs_and_model or annotated()
-    if out:
-        out.mkdir(exist_ok=True)
-    treg.train(model, pairs, options(**settings), out)
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def read_metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_first_step_of_dpo_has_margin_zero_loss_ln_two_and_weight_half(tmp_path):
-    train_here(out=tmp_path, alpha=0.5, batch_size=4)
-    first = read_metrics(tmp_path)[0]
-    assert first["step"] == 1 and abs(first["loss"] - math.log(2)) < 1e-5, "is the reference the untrained policy?"
-    assert abs(first["margin"]) < 1e-5 and abs(first["weight"] - 0.5) < 1e-5 and abs(first["agreement"]) < 1e-5
-
-
-@pytest.mark.parametrize("algorithm", ["dpo", "simpo"])
-def test_accumulation_takes_the_step_of_one_large_batch_last_partial_batch_included(tmp_path, algorithm, monkeypatch):
-    """7 pairs, 4 a step, so that the second step has 3: batches of 4, 2 and 1 give the same metrics and weights."""
-    # plain gradient descent: Adam would hide a wrong scale
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
-    runs = {}
-    for batch, accumulate in ((4, 1), (1, 4), (2, 2)):
-        out = tmp_path / f"{batch}x{accumulate}"
-        runs[out] = train_here(out=out, algorithm=algorithm, alpha=0.5, batch_size=batch, accumulate=accumulate)
-    first, *others = runs
-    assert len(read_metrics(first)) == 2, "two steps: the last three pairs are not lost"
-    for out in others:
-        for a, b in zip(read_metrics(first), read_metrics(out)):
-            a["accuracy"] = b["accuracy"] = 0  # in DPO's first step a tie up to rounding
-            assert a == pytest.approx(b, rel=1e-4, abs=1e-6), f"{out.name} took another step than {first.name}"
-        assert (runs[out] - runs[first]).abs().max() < 1e-6
-
-
-def test_a_step_is_the_mean_over_pairs_of_the_gradient(tmp_path):
-    """The logged loss and gradient norm of a step of three pairs against the mean of the three losses, by autograd."""
-    model, tokenizer, pairs = annotated(count=3)
-    s = options(alpha=0.5, batch_size=1, accumulate=3, beta=0.7)
-    loss = torch.cat([treg.losses(model, [pair], s)[0] for pair in pairs]).mean()
-    loss.backward()
-    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
-    train_here((annotated(count=3)), out=tmp_path, alpha=0.5, batch_size=1, accumulate=3, beta=0.7)
-    assert read_metrics(tmp_path)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert read_metrics(tmp_path)[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
-
-
-def test_training_raises_the_margin_and_every_pair_is_seen_once_an_epoch(tmp_path, monkeypatch):
-    seen, losses = [], treg.losses
-    monkeypatch.setattr(treg, "losses", lambda model, pack, s: seen.extend(p["where"] for p in pack) or losses(model, pack, s))
-    train_here(out=tmp_path, epochs=3, batch_size=2)
-    epochs = [seen[i:i + 7] for i in range(0, 21, 7)]
-    assert len(seen) == 21 and all(len(set(epoch)) == 7 for epoch in epochs) and epochs[0] != epochs[1]
-    assert read_metrics(tmp_path)[-1]["margin"] > 0.01
-
-
-def test_schedule_warms_up_then_falls_to_zero():
-    """20 steps: 2 of warm-up at ½ and 1, then ½ + ½ cos(π k / 18)."""
-    shares = [treg.schedule(step, 20) for step in range(20)]
-    assert shares[:3] == [0.5, 1.0, 1.0] and shares[11] == pytest.approx(0.5) and 0 < shares[-1] < 0.01
-    assert treg.schedule(0, 1) == 1.0
-
-
-def test_cost_grows_with_tokens_and_not_with_the_longest_row():
-    """Eight pairs, one response doubled: the tokens computed grow by that response and by no padding."""
-    model, _, pairs = annotated(count=8)
-    counts = []
-    for _ in range(2):
-        before = treg.response_logps.positions
-        treg.losses(model, pairs, options())
-        counts.append(treg.response_logps.positions - before)
-        for name in ("ids", "ref_logps", "token_rewards"):
-            pairs[0][f"chosen_{name}"] = np.tile(pairs[0][f"chosen_{name}"], 2)
-    assert counts[1] - counts[0] == len(pairs[0]["chosen_ids"]) // 4 and counts[1] < 1.3 * counts[0]
-
-
-def test_credit_auroc_by_hand():
-    """Good 3, 1, 2 against bad 1, 2: 3 beats both (2), 1 ties one (½), 2 beats one and ties one (1½): 4 of 6."""
-    assert treg.credit_auroc([3, 1, 1, 2, 2], [1, 1, 0, 0, 1]) == pytest.approx(4 / 6)
-    assert treg.credit_auroc([1, 2], [True, False]) == 0 and treg.credit_auroc([2, 1], [True, False]) == 1
-    assert math.isnan(treg.credit_auroc([1, 2], [True, True])) and math.isnan(treg.credit_auroc([], []))
-
-
-def test_auroc_leaves_the_end_token_out_and_averages_within_responses():
-    """Responses of 2 and 3 tokens and the end token: within, AUROC 1 and ½; pooled, good (2, 9) against bad (1, 8, 10): 3 of 6."""
-    pair = {"chosen_credit": np.array([2.0, 1.0, 50.0]), "chosen_good": [True, False],
-            "rejected_credit": np.array([8.0, 9.0, 10.0, 99.0]), "rejected_good": [False, True, False]}
-    assert treg.auroc([pair], "credit") == (0.75, 0.5)
-    apart = {**pair, "chosen_good": [True, True], "rejected_good": [False] * 3}
-    within, pooled = treg.auroc([apart], "credit")
-    assert math.isnan(within) and pooled == 0.0, "no response has both kinds: nothing within, yet all tokens can be pooled"
-    assert all(map(math.isnan, treg.auroc([], "credit")))
-
-
-def test_samples_follow_the_models_own_distribution_and_end_at_the_end_token():
-    """A model of constant logits answers token 70 with probability ¾ and the end token with ¼: the mean length is 3."""
-    model, tokenizer, pairs = annotated(count=1)
-    bias = torch.full((257,), -1e4)
-    bias[70], bias[0] = math.log(0.75), math.log(0.25)
-    model.lm_head.forward = lambda hidden: bias.expand(*hidden.shape[:-1], -1)
-    texts = treg.sample(model, tokenizer, pairs * 500, seed=0)
-    assert set("".join(texts)) == {tokenizer.decode([70])} and np.mean([len(t) for t in texts]) == pytest.approx(3, abs=0.5)
-
-
-def test_variants_and_controls_write_their_token_rewards_and_leave_model_and_pairs_as_they_were():
-    model, _, pairs = annotated()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    kept = copy.deepcopy(pairs)
-    names = [f"{side}_token_rewards" for side in treg.SIDES]
-
-    def variant(name, *flags):
-        return treg.replace_rewards(model, pairs, len(pairs), options("--token-rewards", name, *flags))
-    assert all((p["chosen_token_rewards"] == 1).all() and (p["rejected_token_rewards"] == 0).all() for p in variant("sft"))
-    for mine, swapped, shuffled, same in zip(pairs, variant("swapped"), variant("shuffled"), variant("contrastive")):
-        for name in names:
-            assert np.array_equal(swapped[name], -mine[name]) and np.array_equal(same[name], mine[name])
-            assert np.array_equal(np.sort(shuffled[name]), np.sort(mine[name])), "shuffled within each response"
-            assert not np.array_equal(shuffled[name], mine[name])
-    by_dpo = variant("dpo", "--epochs", 4, "--batch-size", 2)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert np.mean([p["chosen_token_rewards"].sum() - p["rejected_token_rewards"].sum() for p in by_dpo]) > 0.01
-    assert max(np.abs(p[name]).max() for p in by_dpo for name in names) <= 0.5
-    assert all(np.array_equal(p[name], k[name]) for p, k in zip(pairs, kept) for name in names), "the caller's pairs"
-
-
-# ------------------------------------------------------------------------------------- the comparison, the report
-def test_pick_takes_best_and_worst_by_the_judge_and_nothing_of_equals():
-    count = lambda text, keywords: len(set(keywords) - set(text.split()))  # noqa: E731
-    assert treg.pick(["a", "a b", "c", "b a", "d"], ["a", "b"], count) == ("a b", "d")
-    assert treg.pick(["a", "b", "a"], ["a", "b"], count) is None, "equally good"
-
-
-def test_on_policy_pairs_are_the_models_own_best_and_worst(monkeypatch):
-    model, tokenizer = small_model()
-    pairs = [{"prompt": f"Say {word}", "keywords": [word], "chosen": word, "rejected": "x", "where": f"f:{i}",
-              "chosen_errors": []} for i, word in enumerate(("one", "two"))]
-    drawn = ["x", "one", "y", "two", "two", "two"]  # three responses to each prompt, in the order of the prompts
-    asked = []
-    monkeypatch.setattr(treg, "sample", lambda model, tokenizer, pairs, seed: asked.extend(p["where"] for p in pairs) or drawn)
-    s = options("--on-policy", 3)
-    s.max_length = 512
-    assert treg.on_policy(model, tokenizer, pairs, s, lambda text, keywords: text not in keywords) == [
-        {"prompt": "Say one", "keywords": ["one"], "where": "f:0", "chosen": "one", "rejected": "y"}]
-    assert asked == ["f:0"] * 3 + ["f:1"] * 3
-
-
-def test_bootstrap_by_hand():
-    """One seed and one prompt: no spread. Two seeds with differences 0 and 1, one prompt: means of two draws are 0, ½, 1
-    with probabilities ¼, ½, ¼, so the 95 % interval is (0, 1). The same for two prompts of one seed."""
-    assert treg.bootstrap(np.array([[0.25]])) == (0.25, 0.25, 0.25)
-    for differences in ([[0.0], [1.0]], [[0.0, 1.0]]):
-        assert treg.bootstrap(np.array(differences)) == (0.5, 0.0, 1.0), "seeds and prompts are both drawn"
-    drawn = np.random.default_rng(1).normal(1, 1, (1, 400))
-    _, low, high = treg.bootstrap(drawn)
-    assert (high - low) / (2 * 1.96 * drawn.std() / 20) == pytest.approx(1, abs=0.05), "± 1.96 standard errors"
-
-
-def test_table_by_hand():
-    """Accuracy 0.5, 0.7, 0.6, 0.6 over seeds 0 to 3: mean 0.6, standard error √(0.02 / 3) / √4 = 0.041. By seed the two
-    prompts differ from the base by (1, 0), (−1, 0), (1, 1) and (0, 0): 0.25 on average, ahead on seeds 0 and 2."""
-    line = lambda row, seed, accuracy, each: {"row": row, "seed": seed, "base": "DPO", "each": each,  # noqa: E731
-                                              "accuracy": accuracy, "credit_auroc": None}
-    base = [line("DPO", *of) for of in ((0, 0.5, [0, 1]), (1, 0.7, [1, 1]), (2, 0.6, [0, 0]), (3, 0.6, [0, 0]))]
-    rows = [line("DPO-REG", seed, 0.75, each) for seed, each in ((1, [0, 1]), (0, [1, 1]), (3, [0, 0]), (2, [1, 1]))]
-    head, dpo, reg = treg.table(base + rows).splitlines()  # a row's seeds may come in any order
-    assert head.split() == ["accuracy", "accuracy", "−", "base", "(95", "%)", "ahead"], "no columns without figures"
-    assert dpo.split() == ["DPO", "0.600", "±", "0.041"]
-    assert reg.split()[:5] == ["DPO-REG", "0.750", "±", "0.000", "+0.250"] and reg.endswith(" 2 of 4")
-    assert "±" not in treg.table(base[:1]), "one seed has no standard error"
-
-
-def test_compare_trains_every_row_from_the_reference_and_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
-    starts, orders, trained = [], [], []
-
-    def spy(model, pairs, s, out=None):
-        starts.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        orders.append([pair["where"] for pair in pairs])
-        if len(trained) == 4 and not resumed:
-            raise SystemExit("killed")
-        trained.append((s.algorithm, s.alpha, s.weighting, s.token_rewards, s.seed, s.beta, s.lr))
-        return train(model, pairs, s, out)
-    train, resumed = treg.train, False
-    monkeypatch.setattr(treg, "train", spy)
-    flags = ["--compare", "--seeds", "2", "--steps", "2", "--alphas", "2", "--weighting", "static", "--token-rewards", "sft"]
-    with pytest.raises(SystemExit, match="killed"):
-        go(tmp_path, *flags)
-    resumed = True
-    with monkeypatch.context() as patch:
-        patch.setattr(treg, "load_pairs", lambda source, split="train", load=treg.load_pairs: load(source, split)[1:])
-        assert "pairs was" in refusal(capsys, "a comparison on other data", tmp_path, *flags, "--resume")
-    assert go(tmp_path, *flags, "--resume") == 0
-    assert all(torch.equal(start, starts[0]) for start in starts) and all(order == orders[0] for order in orders)
-    rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
-    names = [*treg.ROWS, "DPO-REG, alpha 2.0"]
-    assert [(row["seed"], row["row"]) for row in rows] == [(seed, name) for seed in (0, 1) for name in names]
-    wanted = [("dpo", 0.0, "sequence", "contrastive"), ("dpo", 0.25, "sequence", "contrastive"),
-              ("dpo", 0.25, "sequence", "sft"), ("dpo", 0.25, "static", "contrastive"), ("dpo", 0.0, "sequence", "dpo"),
-              ("dpo", 0.25, "sequence", "dpo"), ("dpo", 0.25, "sequence", "shuffled"),
-              ("dpo", 0.25, "sequence", "swapped"), ("simpo", 0.0, "sequence", "contrastive"),
-              ("simpo", 0.25, "sequence", "contrastive"), ("dpo", 2.0, "sequence", "contrastive")]
-    assert [row[:4] for row in trained if row[4] == 1] == wanted
-    assert {row[0]: row[5] for row in trained} == {name: treg.DEFAULTS[name]["beta"] for name in treg.DEFAULTS}
-    assert all(row["accuracy"] is not None and len(row["each"]) == 4 and row["train_seconds"] > 0 for row in rows)
-    printed = capsys.readouterr().out
-    assert all(f"\n{name} " in printed for name in names) and "perfect" not in printed, "there is no judge for these data"
-    page = (tmp_path / "report.html").read_text()
-    assert "learned, DPO-REG" in page and "DPO-SFT" in page
-
-
-def test_grid_of_the_plain_loss(tmp_path):
-    assert go(tmp_path, "--compare", "--seeds", "1", "--steps", "1", "--algorithm", "simpo", "--lrs", "1e-3", "1e-2",
-              "--betas", "2", "3") == 0
-    rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
-    assert [row["row"] for row in rows] == [f"SimPO, lr {lr}, beta {b}" for lr in (1e-3, 1e-2) for b in (2.0, 3.0)]
-    assert len({row["margin"] for row in rows}) == 4
-
-
-class Page(html.parser.HTMLParser):
-    """Well-formed? Nothing from elsewhere?"""
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.text, self.titles, self.bad = [], "", [], []
-        self.feed(text)
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_startendtag(self, tag, attributes):
-        assert tag in ("polyline",)
-
-    def handle_starttag(self, tag, attributes):
-        assert tag not in ("script", "link", "img", "iframe", "object"), tag
-        for name, value in attributes:
-            assert name not in ("src", "href") and "url(" not in (value or "") and not name.startswith("on"), (name, value)
-        if tag != "meta":
-            self.open.append(tag)
-        self.titles += [float(value) for name, value in attributes if name == "title"]
-        self.bad += [("class", "bad") in attributes] if tag == "span" else []
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, tag
-
-    def handle_data(self, data):
-        self.text += data if self.open[-1:] == ["span"] or "h3" in self.open else ""
-
-
-def test_report_is_well_formed_self_contained_and_escapes_text_from_the_data(tmp_path):
-    model, tokenizer, _ = annotated(count=1)
-    evil = "<script>alert('1')</script> & \"\" </td>"
-    pair = {"prompt": evil, "chosen": evil, "rejected": "No", "where": "x:1", "chosen_errors": [[0, 8]], "rejected_errors": []}
-    pairs = treg.annotate(model, tokenizer, [pair], max_length=512)
-    history = [{name: 0.5 for name in treg.METRICS}, {name: 0.25 for name in treg.METRICS}]
-    treg.report(tmp_path / "report.html", {evil: history, "b": history[:1], "c": []}, evil, pairs, tokenizer,
-                {"r < s": "token_rewards", evil: "ref_logps"})
-    raw = (tmp_path / "report.html").read_text()
-    page = Page(raw)
-    assert "<script" not in raw and "http" not in raw
-    assert raw.count(">&lt;</span>") == 6, "each < of the text, a token by itself, in both layers"
-    end = tokenizer.decode([treg.end_token(tokenizer)])
-    assert page.text == evil + (evil + end) * 2 + ("No" + end) * 2, "every token of both responses, in both layers"
-    values = [pairs[0][f"{side}_{name}"].tolist() for side in treg.SIDES for name in ("token_rewards", "ref_logps")]
-    close(page.titles, sum(values, []), "values on hover", 6e-4)
-    good = pairs[0]["chosen_good"]
-    assert page.bad[:len(good) + 1] == [not fine for fine in good] + [False] and 0 < sum(page.bad) < len(good)
-    treg.report(tmp_path / "report.html", {}, "", [], None, {})
-    Page((tmp_path / "report.html").read_text())
-
-
-# ---------------------------------------------------------------------------------------- 9 the tiny model, README
-def run_main(capsys, *flags):
-    """-> (what treg.main printed, the folder's summary)."""
-    out = next(str(b) for a, b in zip(flags, flags[1:]) if a == "--out")
-    assert treg.main([str(flag) for flag in flags]) == 0, capsys.readouterr().err
-    return capsys.readouterr().out, json.loads((Path(out) / "summary.json").read_text())
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_default_run_raises_the_share_of_perfect_responses_by_twenty_points(tmp_path, capsys, seed):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    printed, summary = run_main(capsys, "--seed", seed, "--out", tmp_path / "run")
-    before, after = summary["before"], summary["after"]
-    assert after["perfect_responses"] >= before["perfect_responses"] + 0.20, printed
-    assert after["accuracy"] > 0.9 and after["credit_auroc"] > 0.9 and after["token_reward_auroc"] > 0.9, printed
-    for style in treg.PROMPTS:
-        share, low = map(float, re.search(rf"prompts {style}: pair accuracy (\S+) \(95 % interval (\S+) to", printed).groups())
-        assert share > 0.75 and low > 0.5, f"the warm-up must make {style} work: {printed}"
-    assert before["accuracy"] is None and before["credit_auroc"] is None, "constants by construction are no measurement"
-    assert re.search(r"perfect responses +0\.\d{3} +0\.\d{3}", printed) and printed.count("\nbefore  ") == 3
-    assert "[+" in printed and "[-" in printed and "\033" not in printed, "marks, not colours, where there is no terminal"
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
-    talk = [{"role": "user", "content": "Describe a tiny gold paper lamp in the kitchen."}]
-    ids = torch.tensor([tokenizer(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))["input_ids"]])
-    assert "lamp" in tokenizer.decode(model.generate(ids, max_new_tokens=20, pad_token_id=0)[0, ids.shape[1]:])
-
-
-def test_warm_up_sees_the_warmup_split_alone(monkeypatch):
-    seen = []
-    encode = treg.encode
-    monkeypatch.setattr(treg, "encode", lambda t, pairs, *rest: seen.extend(p["where"] for p in pairs) or encode(t, pairs, *rest))
-    s = treg.parse(["--warm-steps", "1"])
-    treg.load_models(s)
-    lines = (HERE / "tiny_data.jsonl").read_text().splitlines()
-    assert seen and all(json.loads(lines[int(where.rpartition(":")[2]) - 1])["split"] == "warmup" for where in set(seen))
-
-
-def test_colours_only_in_a_terminal_and_without_no_color(monkeypatch, capsys):
-    model, tokenizer, pairs = annotated(count=1)
-    for terminal, no_color, expected in ((True, False, True), (True, True, False), (False, False, False)):
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-        monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
-        treg.show({}, {}, [], pairs[0], tokenizer)
-        assert ("\033[" in capsys.readouterr().out) == expected
-
-
-def test_method_stands_alone_with_torch():
-    """Sections 2 and 3, pasted into a file that imports torch and nothing else, are the loss."""
-    source = (HERE / "treg.py").read_text()
-    start, end = (source.index(f" {title}\n") for title in ("2 token rewards", "4 data"))
-    pasted = source[start + len(" 2 token rewards\n"):source.rindex("\n", 0, end)]
-    space = {}
-    exec("import torch\nimport torch.nn.functional as F\n" + pasted, space)
-    assert {"token_rewards", "dpo_rewards", "simpo_rewards", "treg_loss"} <= set(space)
-    loss, margin = space["treg_loss"](*[torch.zeros(1, 2)] * 4, 0.5)
-    assert loss.item() == pytest.approx(math.log(2)) and margin.item() == 0
-
-
-def readme_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-
-
-def test_readme_snippet_runs_as_it_stands():
-    for block in readme_blocks("python"):
-        if "treg_loss" in block:
-            space = {}
-            exec(block, space)
-            assert space["loss"].shape == (2,) and space["policy_logps"].grad.isfinite().all()
-            return
-    pytest.fail("the README shows the loss in use")
-
-
-def few_pairs():
-    """-> a file with a few lines of each split of tiny_data.jsonl."""
-    kept, count = [], {}
-    for line in (HERE / "tiny_data.jsonl").read_text().splitlines(keepends=True):
-        split = json.loads(line)["split"]
-        count[split] = count.get(split, 0) + 1
-        kept += [line] * (count[split] <= (40 if split == "warmup" else 5))
-    return put(Path(FOLDERS.name, "few.jsonl"), "".join(kept))
-
-
-def readme_commands():
-    """The lines of its bash blocks, and the commands in its text."""
-    written = [line for block in readme_blocks("bash") for line in block.splitlines()]
-    inline = [" ".join(found.split()) for found in re.findall(r"`(python treg\.py[^`]*)`", (HERE / "README.md").read_text())]
-    return [line for line in written + inline if re.match(r"(python treg\.py|printf)\b", line) and "--help" not in line]
-
-
-@not_graded
-@pytest.mark.parametrize("command_line", dict.fromkeys(readme_commands()))
-def test_readme_command_runs_at_its_smallest_setting(command_line, tmp_path, monkeypatch, capsys):
-    """The command as it stands, but with a random model, few pairs, one step, one seed and little warm-up."""
-    monkeypatch.chdir(tmp_path)
-    if command_line.startswith("printf"):
-        subprocess.run(["bash", "-ec", command_line], check=True)
-        return
-    argv = shlex.split(command_line.partition("#")[0])[2:]
-    for i, (flag, value) in enumerate(zip(argv, argv[1:]), 1):
-        if flag in ("--model", "--reward-model"):
-            argv[i] = model_folder() if "--model" in argv else tiny_folder()
-        elif flag == "--data":
-            argv[i] = write_pairs("pairs.jsonl")
-        elif flag == "--prompts" and value.endswith(".json"):
-            put(tmp_path / value, json.dumps(dict(zip(("better", "worse"), treg.PROMPTS["answer"].values()))))
-            for line in readme_commands():
-                if line.endswith(f"> {value}"):
-                    subprocess.run(["bash", "-ec", line], check=True)
-    argv += [] if "--data" in argv else ["--data", few_pairs()]
-    argv += ["--holdout", "4", "--steps", "1"] + ["--seeds", "1"] * ("--compare" in argv)
-    argv += [] if "--model" in argv else ["--warm-steps", "300" if "--on-policy" in argv else "2"]
-    assert treg.main([str(word) for word in argv]) == 0, capsys.readouterr().err
-
-
-@functools.cache
-def tiny_folder():
-    """-> the tiny model, hardly warmed up, in a folder."""
-    folder = Path(FOLDERS.name, "tiny")
-    assert treg.main(["--data", str(few_pairs()), "--warm-steps", "2", "--steps", "1", "--alpha", "0", "--out", str(folder)]) == 0
-    return str(folder)
-
-
-@not_graded
-def test_readme_conversation_with_the_trained_model(tmp_path, monkeypatch, capsys):
-    [block] = [block for block in readme_blocks("python") if "pipeline" in block]
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(model_folder(), "DIR")
-    assert go(tmp_path / "my-run", "--steps", "1") == 0
-    capsys.readouterr()
-    exec(block, {})
-    assert re.match(r"DIR says .*my-run says ", capsys.readouterr().out, re.S)
-
-
-def test_help_explains_every_option():
-    printed = subprocess.run([sys.executable, HERE / "treg.py", "--help"], capture_output=True, text=True, check=True).stdout
-    options = re.split(r"\n  (?=--)", printed)[1:]
-    assert len(options) > 30
-    for option in options:
-        assert re.search(r"\s{2,}\S+(\s+\S+){2}", option), f"no help: {option}"
-
-
-# ------------------------------------------------------------------------------------------------------ input: helpers
-GOOD = [{"prompt": f"Is {n} a café?", "chosen": f"{n} is — “not”, \\ 🙂.", "rejected": f"No,\n\"{n}\"."} for n in (1, 2, 3, 4)]
-U, A, S = ((lambda text, role=role: {"role": role, "content": text}) for role in ("user", "assistant", "system"))
-TALK = {"chosen": [U("Is it?"), A("Yes.")], "rejected": [U("Is it?"), A("No.")]}
-TINY = {"prompt": "Is it?", "chosen": "Yes. Yes.", "rejected": "No."}
-
-
-def jsonl(*rows):
-    return "".join(json.dumps(row, ensure_ascii=n % 2 == 0) + "\n" for n, row in enumerate(rows)).encode("utf-8", "replace")
-
-
-def csv_file(*lines, header="prompt,chosen,rejected"):
-    return "\n".join([header, *lines, ""]).encode()
-
-
-def csv_line(row):
-    return ",".join('"' + row[name].replace('"', '""') + '"' for name in GOOD[0])
-
-
-def put(path, content):
-    """Make a file of bytes or text, or a folder of such a dict, at path. -> path"""
-    if isinstance(content, dict):
-        path.mkdir()
-        for name, inner in content.items():
-            put(path / name, inner)
-    else:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def texts(pairs):
-    return [{name: value for name, value in pair.items() if name != "where"} for pair in pairs]
-
-
-def read_back(path, content):
-    return texts(treg.load_pairs(put(path, content)))
-
-
-def command(*argv):
-    """-> the exit status; a traceback fails the test by itself."""
-    try:
-        return treg.main([str(arg) for arg in argv])
-    except SystemExit as stop:  # argparse
-        return stop.code
-
-
-def error_of(capsys, *argv):
-    """The command must end in status 2 and its last line on stderr be an error. -> what that line says"""
-    status, err = command(*argv), capsys.readouterr().err
-    assert status == 2, f"{argv}: a mistake passed, with status {status}\n{err}"
-    last = (err.strip().splitlines() or ["(nothing)"])[-1]
-    assert last.startswith("treg.py: error: "), f"{argv}: the last line on stderr is {last!r}"
-    return last.removeprefix("treg.py: error: ")
-
-
-def tiny_model(folder, words="Is it? Yes. No. a", embeddings=None, positions=64, eos_token="<end>", chat_template=None):
-    """A GPT-2 of a few thousand weights with a tokenizer of whole words. -> folder"""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-    vocab = {word: i for i, word in enumerate(["<end>", "<unk>", *words.split()])}
-    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos_token, unk_token="<unk>")
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=positions, vocab_size=embeddings or len(vocab),
-                               bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
-    return folder
-
-
-# ------------------------------------------- input: mistakes that need no model. id: (files, arguments, how the error begins)
-def in_file(name, content, says):
-    return {name: content}, ["--model", "m", "--data", name], re.escape(name) + says
-
-
-ROWS4, CSV4 = jsonl(*GOOD), csv_file(*["p,yes,no"] * 3)
-MISTAKES = {
-    "file: missing": ({}, ["--data", "p.jsonl"], r"p\.jsonl: no such file"),
-    "file: a folder": in_file("p.jsonl", {}, ": is a folder"),
-    "file: unknown ending": in_file("p.txt", ROWS4, r": unknown ending.*\.jsonl"),
-    "file: no ending": in_file("pairs", ROWS4, ": unknown ending"),
-    "file: empty": in_file("p.jsonl", b"", ": holds no rows"),
-    "file: blank lines only": in_file("p.jsonl", b"\n  \r\n\t\n", ": holds no rows"),
-    "file: UTF-16": in_file("p.jsonl", ROWS4.decode().encode("utf-16"), ":1: .*not valid jsonl, or not UTF-8"),
-    "file: a line not UTF-8": in_file("p.jsonl", ROWS4 + b'{"prompt": "caf\xe9"}', ":5: .*not UTF-8"),
-    "file: last line truncated": in_file("p.jsonl", ROWS4 + ROWS4[:30], ":5: .*not valid json"),
-    "file: invalid in the middle": in_file("p.jsonl", b'\n{"prompt": "p" "chosen": "c"}\n' + ROWS4, ":2: .*not valid json"),
-    "file: two rows in a line": in_file("p.jsonl", ROWS4 * 2 + ROWS4.replace(b"\n", b" "), ":9: .*not valid json"),
-    "file: nested too deep": in_file("p.jsonl", ROWS4 + b"[" * 100_000, ":5: .*not valid json"),
-    "file: a number of 9999 digits": in_file("p.jsonl", ROWS4 + b"9" * 9999, ":5: .*not valid json"),
-    **{f"file: a row that is {row}": in_file("p.jsonl", ROWS4 + row.encode(), ":5: a row is an object")
-       for row in ("[1]", "7", "null", '"x"')},
-    "json: empty": in_file("p.json", b"", ":.* not valid json"),
-    "json: no rows": in_file("p.json", b"[]", ": holds no rows"),
-    "json: an object": in_file("p.json", jsonl(GOOD[0]), ": must hold one list"),
-    "json: a row a line": in_file("p.json", ROWS4, ":.*line 2"),
-    "json: invalid in the middle": in_file("p.json", b'[{"a": 1},\n{"a" 2}\n]', ":.*not valid json.*line 2"),
-    "json: not UTF-8": in_file("p.json", b'["\xff"]', ":.*not UTF-8"),
-    "json: a row that is a number": in_file("p.json", json.dumps([*GOOD, 7]), ":row 5: a row is an object"),
-    "csv: empty": in_file("p.csv", b"", ": holds no rows"),
-    "csv: a header only": in_file("p.csv", csv_file(), ": holds no rows"),
-    "csv: other columns": in_file("p.csv", csv_file("a,b,c", header="question_id,good,bad"), ".*chosen.*missing"),
-    "csv: too many cells": in_file("p.csv", CSV4 + b"p,yes, that is it,no", ":row 4: more cells than columns"),
-    "csv: too few cells": in_file("p.csv", CSV4 + b"p,yes", ":row 4: rejected.*missing"),
-    "csv: a blank cell": in_file("p.csv", CSV4 + b"p, ,no", ":row 4: chosen is blank"),
-    "csv: a quote left open": in_file("p.csv", CSV4 + b'p,"yes,no\np,yes,no', r".*(:5|row 3)\b"),
-    "csv: text after a quote": in_file("p.csv", CSV4 + b'p,"yes"sir,no', r".*(:5|row 3)\b"),
-    "csv: a line not UTF-8": in_file("p.csv", CSV4 + b"p,caf\xe9,no", ":row 4: .*UTF-8"),
-    "gz: empty": in_file("p.jsonl.gz", gzip.compress(b""), ": holds no rows"),
-    "gz: not gzipped": in_file("p.jsonl.gz", ROWS4, ":(row )?[0-9]+: here or after it not valid"),
-    "gz: truncated": in_file("p.jsonl.gz", gzip.compress(ROWS4)[:-20], ":(row )?[0-9]+: here or after it not valid"),
-    "gz: wrong checksum": in_file("p.csv.gz", gzip.compress(CSV4)[:-8] + b"12345678", ":(row )?[0-9]+: here or after it not valid"),
-    "parquet: none": in_file("p.parquet", ROWS4, ":(row )?[0-9]+: here or after it not valid"),
-    "parquet: empty": in_file("p.parquet", b"", ":(row )?[0-9]+: here or after it not valid"),
-    "data: no warmup split for the tiny model": ({"p.jsonl": ROWS4}, ["--data", "p.jsonl"], r".*p\.jsonl: has no warmup split"),
-    "data: all held out": ({"p.jsonl": ROWS4}, ["--data", "p.jsonl", "--holdout", "4", "--model", "m"], r"p\.jsonl: --holdout 4"),
-    "data: a test split only": in_file("p.jsonl", jsonl({**TINY, "split": "test"}), ": .*no pair to train on"),
-}
-ROWS = {  # what is changed in a good row (... takes a key out), what the error must say after the file and line
-    **{f"{side} {kind}": ({side: value}, f"{side}.*({says})") for side in treg.SIDES for kind, value, says in (
-        ("missing", ..., "missing"), ("null", None, "missing"), ("a number", 4, "text"), ("a boolean", True, "text"),
-        ("an object", A("x"), "text"), ("empty", "", "blank"), ("blank", " \n\t", "blank"), ("half a pair", "\ud800", "no character"))},
-    **{f"{side}: {kind}": ({**TALK, side: messages}, f"{side}.*({says})") for side in treg.SIDES for kind, messages, says in (
-        ("no messages", [], "message"), ("ends on the user", [U("Is it?")], "assistant"), ("a text in the list", ["x"], "role"),
-        ("no role", [{"content": "x"}], "role"), ("unknown role", [{"role": "bot", "content": "x"}], "role"),
-        ("content null", [A(None)], "missing"), ("content a number", [A(3)], "text"), ("content blank", [A(" ")], "blank"),
-        ("content a list", [A([{"type": "text", "text": "x"}])], "text"), ("content half a pair", [A("\udfff")], "no character"))},
-    **{f"prompt {kind}": ({"prompt": value}, "prompt") for kind, value in (
-        ("missing", ...), ("null", None), ("a number", 0), ("a boolean", False), ("an object", U("x")), ("empty", ""), ("blank", " "),
-        ("half a pair", "\udc00"), ("no messages", []), ("ends on the assistant", [U("x"), A("y")]), ("system only", [S("x")]),
-        ("unknown role", [{"role": "human", "content": "x"}]), ("content a number", [U(1)]))},
-    "prompt a number beside messages": ({**TALK, "prompt": 42}, "prompt"),
-    "no prompt but what two answers share": ({"prompt": ..., "chosen": [A("The cat")], "rejected": [A("The dog")]}, "prompt"),
-    "text beside messages": ({**TALK, "rejected": "No."}, ".*both"),
-    "messages that part early": ({**TALK, "rejected": [U("Is it not?"), A("No.")]}, ".*same up to"),
-    "the same text twice, no prompt": ({"prompt": ..., "chosen": "Yes.", "rejected": "Yes."}, ".*shared beginning is blank"),
-    "instruction a number": ({"prompt": ..., "instruction": 1}, "instruction"),
-    "input a number": ({"prompt": ..., "instruction": "i", "input": 5}, "input"),
-    "question null": ({"prompt": ..., "question": None}, "question|prompt"),
-    "system a number": ({"prompt": ..., "question": "q", "system": 5}, "system|prompt"),
-    "keywords a text": ({"keywords": "a b"}, "keyword"), "a keyword a number": ({"keywords": ["a", 1]}, ".*keyword"),
-    **{f"{side}_errors {value}": ({f"{side}_errors": value}, f"{side}_errors") for side in treg.SIDES for value in (
-        [[0, 1], [3, 2]], [[2, 2]], [[0, 999]], [[-1, 2]], [[0, 1.0]], [["0", "1"]], [[False, True]], [[0, None]], [[1]],
-        [[0, 1, 2]], [0, 1], 0, {"start": 0}, "0-1")},
-}
-for kind, (change, says) in ROWS.items():
-    row = {name: value for name, value in {**GOOD[0], **change}.items() if value is not ...}
-    MISTAKES[f"row: {kind}"] = in_file("p.jsonl", ROWS4 + json.dumps(row).encode(), f":5: ({says})")
-for kind, content, says in (
-        ("a folder", {}, "file"), ("not JSON", "better: {prompt}", "must be .*line 1"), ("empty", "", "must be .*line 1"),
-        ("not UTF-8", b'{"better": "\xff"}', "must be .*utf-8"), ("a list", '["{prompt}", "{prompt}"]', "must be "),
-        ("a side missing", '{"better": "{prompt}"}', "worse"), ("a side null", '{"better": "{prompt}", "worse": null}', "worse"),
-        ("no {prompt}", '{"better": "{prompt} well", "worse": "badly"}', "worse needs .*prompt"),
-        ("a stray {field}", '{"better": "{prompt} {answer}", "worse": "{prompt}"}', "better .*(answer|no other)"),
-        ("a third {field}", '{"better": "{prompt}", "worse": "{prompt} {response} {x}"}', "worse .*(x|no other)"),
-        ("an empty {}", '{"better": "{prompt} {}", "worse": "{prompt}"}', "better .*no other"),
-        ("half a pair", '{"better": "{prompt} \\ud800", "worse": "{prompt}"}', "better .*no character"),
-        ("the same text twice", '{"better": "{prompt}!", "worse": "{prompt}!"}', "different")):
-    MISTAKES[f"prompts: {kind}"] = {"own.json": content}, ["--prompts", "own.json"], rf"(--prompts )?own\.json: .*({says})"
-MISTAKES |= {
-    "prompts: missing": ({}, ["--prompts", "own.json"], r"--prompts own\.json: must be auto, .*No such file"),
-    "split: mistyped": ({"p.jsonl": ROWS4}, ["--data", "p.jsonl", "--split", "tset"], "--split tset: .*no such split"),
-    "split: the training split": ({}, ["--split", "train"], "argument --split: .*no test"),
-    "out: a file": ({"run": "mine"}, ["--out", "run"], "--out run: .*is a file"),
-    "out: below a file": ({"run": "mine"}, ["--out", "run/new"], ".*run.*(is a file|[Nn]ot a (directory|folder))"),
-    "out: holds something": ({"run": {"a": "mine"}}, ["--out", "run"], "--out run: is not empty"),
-    "out: holds no run to resume": ({"run": {"a": "mine"}}, ["--out", "run", "--resume"], ".*run"),  # perhaps the user's model
-    "flags: unknown": ({}, ["--frobnicate"], ".*--frobnicate"),
-    "flags: --resume without --out": ({}, ["--resume"], ".*--resume.*--out"),
-}
-WHOLE = ("--max-pairs", "--max-length", "--epochs", "--steps", "--batch-size", "--accumulate", "--seed", "--save-every")
-for flag, value in (
-        *((f, v) for f in (*WHOLE, "--holdout", "--alpha", "--beta", "--gamma", "--lr")
-          for v in ("-1", "-0.5", "nan", "inf", "-inf", "1e999", "two", "", "1,5")),
-        *((f, v) for f in WHOLE for v in ("1.5", "2.0", "1e2")), *((f, "0") for f in (*WHOLE, "--beta", "--lr") if f != "--seed"),
-        ("--seed", str(2**31 + 1)), ("--max-length", "7"), ("--holdout", "1.0"), ("--holdout", "1.5"),
-        ("--max-pairs", "9" * 400), ("--holdout", "9" * 400),  # no float can hold it
-        ("--algorithm", "ppo"), ("--weighting", "none"), ("--token-rewards", "mine"), ("--dtype", "fp16"), ("--prompts", "Answer"),
-        *(("--device", device) for device in ("gpu", "cuda:99", "cuda:x", "mps", "meta")),
-        *[("--device", "cuda")] * (not torch.cuda.is_available()),
-        *((f, "") for f in ("--model", "--reward-model", "--device", "--out", "--prompts"))):  # "" is "$UNSET" in a shell
-    MISTAKES[f"flags: {flag}={value[:9]}"] = {}, [f"{flag}={value}"], rf"(argument )?{flag}\b"
-
-
-@pytest.mark.parametrize("files, argv, says", MISTAKES.values(), ids=MISTAKES)
-def test_mistake_is_named_before_a_model_is_loaded(files, argv, says, tmp_path, capsys, monkeypatch):
-    def reached(*_):
-        raise AssertionError("a model was loaded or made before the mistake was found")
-    monkeypatch.setattr(treg, "load_model", reached)
-    monkeypatch.setattr(treg, "make_tiny", reached)
-    monkeypatch.chdir(tmp_path)
-    for name, content in files.items():
-        put(tmp_path / name, content)
-    before = sorted(tmp_path.rglob("*"))
-    error = error_of(capsys, *argv)
-    assert re.match(says, error), f"the error does not begin with {says!r}: {error}"
-    assert sorted(tmp_path.rglob("*")) == before, "something was written, or taken away"
-
-
-@pytest.mark.parametrize("splits, says", [(ConnectionError("off\nline"), "no such file.*off line"),
-                                          ({"train_prefs": []}, "only train_prefs")], ids=["no such data set", "no train split"])
-def test_data_that_is_no_file_is_asked_of_the_hub(splits, says, capsys, monkeypatch):
-    def load(_):
-        if isinstance(splits, Exception):
-            raise splits
-        return splits
-    monkeypatch.setattr(treg, "load_dataset", load)
-    assert re.match(f"--data some/data: .*{says}", error_of(capsys, "--model", "m", "--data", "some/data"))
-
-
-# ------------------------------------------------------------------------------------------------ input: model folders
-def lacks_a_layer(folder):
-    from safetensors.torch import load_file, save_file
-    path = folder / "model.safetensors"
-    save_file({name: value for name, value in load_file(path).items() if "mlp" not in name}, path, {"format": "pt"})
-
-
-MODELS = {  # what is done to a good model folder, what the error must say
-    "folder missing": (shutil.rmtree, "no model folder"),
-    "folder empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "no model folder"),
-    "a file": (lambda folder: [shutil.rmtree(folder), put(folder, "x")], "no model folder"),
-    "config damaged": (lambda folder: put(folder / "config.json", "{"), "cannot be loaded"),
-    "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "tokenizer"),
-    "tokenizer damaged": (lambda folder: put(folder / "tokenizer.json", "{"), "cannot be loaded"),
-    "tokenizer larger than embedding": (lambda folder: tiny_model(folder, embeddings=4), "tokenizer has .* tokens"),
-    "tokenizer without end token": (lambda folder: tiny_model(folder, eos_token=None), "end token"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
-    "weights damaged": (lambda folder: put(folder / "model.safetensors", "junk"), "cannot be loaded"),
-    "weights lack a layer": (lacks_a_layer, "weights|mlp"),
-    "chat template damaged": (lambda folder: tiny_model(folder, chat_template="{% for %}"), "template"),
-    "chat template refuses": (lambda folder: tiny_model(folder, chat_template="{{ raise_exception('no') }}"), "template"),
-}
-
-
-@pytest.mark.parametrize("spoil, says", MODELS.values(), ids=MODELS)
-def test_mistake_in_a_model_folder_is_named(spoil, says, tmp_path, capsys):
-    folder, path = tiny_model(tmp_path / "model"), put(tmp_path / "p.jsonl", jsonl(TINY))
-    spoil(folder)
-    error = error_of(capsys, "--model", folder, "--data", path, "--check-prompts")
-    assert re.match(rf"--model {re.escape(str(folder))}: .*({says})", error), f"the error does not say {says!r}: {error}"
-
-
-def test_reward_model_with_another_tokenizer_or_missing(tmp_path, capsys, monkeypatch):
-    other, path = tiny_model(tmp_path / "other", words="quite another set of words"), put(tmp_path / "p.jsonl", jsonl(TINY))
-    argv = ["--model", tiny_model(tmp_path / "m"), "--data", path, "--reward-model"]
-    assert re.match("--reward-model .*other: .*tokenizer", error_of(capsys, *argv, other))
-
-    def loaded(*_, **__):
-        raise AssertionError("the model was loaded before the missing --reward-model was found")
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loaded)
-    assert re.match("--reward-model .*none: is no model folder", error_of(capsys, *argv, tmp_path / "none"))
-
-
-@pytest.mark.parametrize("kind", ["reward model with a shorter context", "config without a longest position", "chat template empty"])
-def test_unusual_but_sound_models_are_taken(kind, tmp_path, capsys):
-    from transformers import BloomConfig, BloomForCausalLM
-    folder = tiny_model(tmp_path / "m", chat_template="" if kind.startswith("chat") else None)
-    argv = ["--model", folder, "--data", put(tmp_path / "p.jsonl", jsonl(TINY)), "--check-prompts"]
-    if kind.startswith("reward"):  # the prompts must then be cut to the shorter one
-        argv += ["--reward-model", tiny_model(tmp_path / "short", positions=24)]
-    if kind.startswith("config"):  # ALiBi has no longest position
-        BloomForCausalLM(BloomConfig(vocab_size=7, hidden_size=8, n_layer=1, n_head=1)).save_pretrained(folder)
-    assert command(*argv) == 0, f"{kind}: {capsys.readouterr().err}"
-
-
-@pytest.mark.parametrize("chosen, says", [("Yes. " * 90, "longer|fits"), ("No.", "same")], ids=["too long", "all the same"])
-def test_no_pair_left_after_tokenisation_says_why(chosen, says, tmp_path, capsys):
-    path = put(tmp_path / "p.jsonl", jsonl({**TINY, "chosen": chosen}))
-    error = error_of(capsys, "--model", tiny_model(tmp_path / "m"), "--data", path, "--out", tmp_path / "run")
-    assert re.search(says, error), f"the error does not say {says!r}: {error}"
-
-
-def test_check_prompts_does_not_end_well_without_a_measurement(tmp_path, capsys):
-    path = put(tmp_path / "p.jsonl", jsonl(TINY))
-    status = command("--model", tiny_model(tmp_path / "m"), "--data", path, "--check-prompts", "--alpha", "0")
-    assert status == 2 or "pair accuracy" in capsys.readouterr().out, "--check-prompts --alpha 0: status 0, nothing measured"
-
-
-@pytest.mark.parametrize("name, content", [("checkpoint.pt", b""), ("checkpoint.pt", b"junk"), ("checkpoint.pt", {"other": 1}),
-                                           ("settings.json", b""), ("settings.json", b"[]"), ("settings.json", b"\xff")])
-def test_resume_names_a_damaged_file_of_the_run(name, content, tmp_path, capsys):
-    path, run = put(tmp_path / "p.jsonl", jsonl(TINY)), tmp_path / "run"
-    argv = ["--model", tiny_model(tmp_path / "m"), "--data", path, "--prompts", "answer", "--out", run]
-    assert command(*argv) == 0
-    (run / "summary.json").unlink()
-    torch.save(content, run / name) if isinstance(content, dict) else put(run / name, content)
-    assert f"run/{name}" in error_of(capsys, *argv, "--resume")
-
-
-# ------------------------------------------------------------------------------------------- input: what is understood
-HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Is it?\n\nAssistant:"
-ANSWERS = {"chosen": "Yes.", "rejected": "No."}
-FORMATS = {  # a row, the prompt of its pair; the responses must be those of ANSWERS
-    "texts": ({"prompt": " Is it?\n", **ANSWERS}, " Is it?\n"),
-    "messages": ({"prompt": [S("s"), U("Is it?")], "chosen": [A("Yes.")], "rejected": [A("No.")]}, [S("s"), U("Is it?")]),
-    "prompt messages, response texts": ({"prompt": [U("Is it?")], **ANSWERS}, [U("Is it?")]),
-    "text prompt that the messages repeat": ({"prompt": "Is it?", **TALK}, [U("Is it?")]),
-    "message prompt that the messages repeat": ({"prompt": [U("Is it?")], **TALK}, [U("Is it?")]),
-    "message prompt, repeated without its system message": ({"prompt": [S("s"), U("Is it?")], **TALK}, [S("s"), U("Is it?")]),
-    "message prompt, repeated after a system message": ({"prompt": [U("Is it?")], **{side: [S("s"), *TALK[side]] for side in TALK}},
-                                                        [S("s"), U("Is it?")]),
-    "messages, no prompt": ({side: [U("Hi"), A("Hi!"), *TALK[side]] for side in TALK}, [U("Hi"), A("Hi!"), U("Is it?")]),
-    "messages with more keys": ({"prompt": [{**U("Is it?"), "id": 7}], **ANSWERS}, [U("Is it?")]),
-    "texts, no prompt": ({side: "Is it? " + text for side, text in ANSWERS.items()}, "Is it? "),
-    "Anthropic HH": ({side: HH + text + " It" for side, text in ANSWERS.items()}, HH),
-    "instruction": ({"instruction": "Add.", "input": "", **ANSWERS}, "Add."),
-    "instruction and input": ({"instruction": "Add.", "input": "1, 2", **ANSWERS}, "Add.\n\n1, 2"),
-    "question": ({"question": "Is it?", **ANSWERS}, [U("Is it?")]),
-    "question and an empty system": ({"question": "Is it?", "system": "", **ANSWERS}, [U("Is it?")]),
-    "question and system": ({"question": "Is it?", "system": "s", **ANSWERS}, [S("s"), U("Is it?")]),
-}
-
-
-@pytest.mark.parametrize("row, prompt", FORMATS.values(), ids=FORMATS)
-def test_documented_formats_give_exactly_their_texts(row, prompt, tmp_path):
-    pair = {"prompt": prompt, **{side: text + " It" * (prompt == HH) for side, text in ANSWERS.items()}}
-    for name, content in (("p.jsonl", jsonl(row)), ("p.json", json.dumps([row])), ("p.jsonl.gz", gzip.compress(jsonl(row)))):
-        assert read_back(tmp_path / name, content) == [pair], f"{name} changed the pair"
-
-
-def test_csv_keeps_every_cell_the_text_that_it_is(tmp_path):
-    row, path = {"prompt": "null", "chosen": "NA", "rejected": "42"}, tmp_path / "p.csv"
-    assert read_back(path, csv_file("null,NA,42", *map(csv_line, GOOD))) == [row, *GOOD], "a cell is not the text in the file"
-    assert read_back(path, b"prompt,chosen,rejected\r\nnull,NA,42\r\n") == [row], "CRLF changed a cell"
-    indexed = csv_file("0,null,NA,42", header=",prompt,chosen,rejected")  # what pandas writes without index=False
-    assert read_back(path, indexed) == [row], "a column without a name was not left out"
-
-
-@pytest.mark.parametrize("name, content", {"p.jsonl": ROWS4, "p.json": jsonl(GOOD), "p.csv": csv_file(*map(csv_line, GOOD))}.items(),
-                         ids=["jsonl", "json", "csv"])
-def test_byte_order_mark_crlf_and_blank_lines_change_nothing(name, content, tmp_path):
-    crlf = content if name == "p.csv" else content.replace(b"\n", b"\r\n")  # within a csv cell it would be another text
-    for kind, changed in (("byte-order mark", b"\xef\xbb\xbf" + content), ("blank lines before", b"\n" + content),
-                          ("blank lines after", content + b"\n\n"), ("CRLF", crlf)):
-        assert read_back(tmp_path / name, changed) == GOOD, f"{kind}: other pairs"
-
-
-def test_splits_spans_keywords_and_places(tmp_path):
-    more = {"chosen_errors": [[0, 1]], "rejected_errors": [], "keywords": ["café"]}
-    splits = ({**more, "split": "warmup"}, {"split": "test"}, {"split": None}, {"split": "train"})
-    path = put(tmp_path / "p.jsonl", b"\n" + jsonl(*({**row, **split} for row, split in zip(GOOD, splits))))
-    assert texts(treg.load_pairs(path)) == GOOD[2:], "train is the rows that say so or name no split"
-    assert treg.load_pairs(path, "test") == [{**GOOD[1], "where": f"{path}:3"}], "where is not the line of the row"
-    assert texts(treg.load_pairs(path, "warmup")) == [{**GOOD[0], **more}], "spans or keywords were lost"
-
-
-def test_parquet_is_read_as_it_is_now_also_gzipped_and_empty(tmp_path, monkeypatch):
-    import pyarrow
-    import pyarrow.parquet
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-    def parquet(rows, table=pyarrow.Table.from_pylist(GOOD)):
-        sink = pyarrow.BufferOutputStream()
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows) if rows else table.slice(0, 0), sink)
-        return sink.getvalue().to_pybytes()
-    path, spans = tmp_path / "p.parquet", {"chosen_errors": [[0, 3]]}
-    assert read_back(tmp_path / "m.parquet", parquet([{**TALK, **spans}] * 3)) == [{"prompt": [U("Is it?")], **ANSWERS, **spans}] * 3
-    for rows in (GOOD[:2], GOOD[2:]):
-        os.utime(put(path, parquet(rows)), (1, 1))
-        assert texts(treg.load_pairs(path)) == rows, "not the rows in the file: those of a cache that goes by path and time?"
-    with pytest.raises(treg.UserError, match=r"p\.parquet: holds no rows"):
-        read_back(path, parquet([]))
-    with pytest.raises(treg.UserError, match=r"p\.parquet:row \d+: here or after"):
-        read_back(path, parquet(GOOD)[:-30])
-    assert read_back(tmp_path / "p.parquet.gz", gzip.compress(parquet(GOOD))) == GOOD, "load_pairs promises .gz too"
-
-
-PIECES = [b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b"\0", b"\xff", b"\xc3", b"\xef\xbb\xbf", b"\\ud83d",
-          b"null", b"NaN", b"\xed\xa0\x80"]
-
-
-def mutate(data, rng):
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        at, length = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 8, 40))
-        new, skip = rng.choice(((bytes([rng.randrange(256)]), 1), (b"", length), (rng.choice(PIECES), 0), (data[at:at + length], 0),
-                                (rng.choice(PIECES), length), (b"", len(data) if rng.random() < 0.1 else 1)))
-        data = data[:at] + new + data[at + skip:]
-    return data
-
-
-@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.jsonl.gz"])
-def test_damaged_bytes_give_the_texts_in_the_file_or_a_user_error(name, tmp_path):
-    """Thousands of damaged files: no other exception, no row lost, and no text that the file does not hold."""
-    rows = [*GOOD[:2], TALK, {"instruction": "é", "chosen": "\u2028a", "rejected": "\tb", "chosen_errors": [[0, 2]]}]
-    good = {"p.jsonl": jsonl(*rows), "p.json": json.dumps(rows, ensure_ascii=False).encode(),
-            "p.csv": csv_file(*map(csv_line, GOOD)), "p.jsonl.gz": gzip.compress(jsonl(*rows), mtime=0)}[name]
-    rng, path, refused, whole = random.Random(name), tmp_path / name, 0, read_back(tmp_path / name, good)
-    for _ in range(1500):
-        data = mutate(good, rng)
-        try:
-            pairs = read_back(path, data)
-        except treg.UserError as error:
-            refused += 1
-            assert re.fullmatch(re.escape(str(path)) + r"(:(row )?\d+)?: [^\n]+", str(error)), f"{data!r}: {error}"
-            continue
-        except Exception as error:
-            pytest.fail(f"{error!r} instead of a UserError, of {data!r}")
-        if name == "p.jsonl.gz":
-            assert pairs == whole, f"other texts, past the checksum, of {data!r}"
-        elif name != "p.csv":
-            lines = [line for line in data.split(b"\n") if line.strip(b"\xef\xbb\xbf \t\r")] if name == "p.jsonl" else [data]
-            held = [json.loads(line.decode("utf-8-sig")) for line in lines]
-            held = held if name == "p.jsonl" else held[0]
-            assert 0 < len(pairs) == len(held), f"{len(held)} rows gave {len(pairs)} pairs, of {data!r}"
-            for pair, row in zip(pairs, held):
-                for side in treg.SIDES:
-                    text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
-                    shared = isinstance(row[side], str) and row.get("prompt") is None and "instruction" not in row
-                    assert (pair["prompt"] if shared else "") + pair[side] == text, f"{side} is not the text in {data!r}"
-    assert 5 < refused < 1495, f"a blunt test: {refused} of 1500 refused"
-
-
-@pytest.mark.parametrize("name, header, line", [("p.jsonl", "\n", '{{"prompt": "p{0}", "chosen": "yes {0}", "rejected": "no {0}"}}\n'),
-                                                ("p.csv", "prompt,chosen,rejected\n", "p{0},yes {0},no {0}\n")], ids=["jsonl", "csv"])
-def test_reading_time_is_in_proportion_to_rows(name, header, line, tmp_path):
-    seconds = {5_000: 99, 20_000: 99}
-    for count in [*seconds] * 2:
-        path = put(tmp_path / name, header + "".join(map(line.format, range(count))))
-        start = time.process_time()
-        assert len(treg.load_pairs(path)) == count
-        seconds[count] = min(seconds[count], time.process_time() - start)
-    assert seconds[20_000] < 4 * 1.5 * seconds[5_000] + 0.2, f"not in proportion: {seconds}"
-
-
-# ------------------------------------------------------------------------- long runs, and bugs that others have had
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-LLAMA, BARE = "{{ bos_token }}" + CHATML, "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-STRICT = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-          "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
-          "{% endfor %}" + CHATML)
-BASIC = ["--prompts", "answer", "--holdout", "4", "--batch-size", "4", "--lr", "1e-3", "--save-every", "2", "--epochs", "2"]
-CPU, STEPS, LOG = torch.device("cpu"), 12, "metrics.jsonl"  # 21 training pairs: 6 steps an epoch, the last of one pair
-FOLDERS = tempfile.TemporaryDirectory()
-
-
-def small_tokenizer(template=None, bos=None, adds_bos=False):
-    """A byte-level BPE tokenizer whose padding is its end token; adds_bos: it writes its BOS itself, like Llama's."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    texts = [*treg.PROMPTS["answer"].values(), *treg.PROMPTS["revise"].values(), *["the cat", "The number is"] * 3]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|endoftext|>", "<s>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    if adds_bos:
-        bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-                                   chat_template=template)
-
-
-@functools.cache
-def model_folder(kind="gpt2", dtype=torch.float32, template=None, bos=None, adds_bos=False, dropout=0.0):
-    """A model of 20 thousand random weights with its tokenizer -> their folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    shape = {"gpt2": dict(n_layer=1, n_embd=32, n_head=2, n_positions=512, initializer_range=0.1,
-                          resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout),
-             "opt": dict(num_hidden_layers=1, hidden_size=32, word_embed_proj_dim=32, ffn_dim=32, num_attention_heads=2,
-                         max_position_embeddings=512, init_std=0.1, dropout=dropout, attention_dropout=dropout, layerdrop=0.0),
-             "bloom": dict(n_layer=1, hidden_size=32, n_head=2, initializer_range=0.1)}[kind]
-    folder, tokenizer = tempfile.mkdtemp(dir=FOLDERS.name), small_tokenizer(template, bos, adds_bos)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0, **shape)
-    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@functools.cache
-def write_pairs(name, extra=""):
-    path = Path(FOLDERS.name, name)
-    path.write_text("".join(json.dumps({"prompt": "Say the number " * (1 + i % 3) + str(i), "rejected": f"No {i * 7} for you",
-                                        "chosen": f"The number is {i}." * (1 + i % 2) + extra}) + "\n" for i in range(25)))
-    return str(path)
-
-
-def long_run(out, *options):
-    return ["--model", model_folder(), "--data", write_pairs("pairs.jsonl"), "--out", str(out), *BASIC, *map(str, options)]
-
-
-def go(out, *options):
-    return treg.main(long_run(out, *options))
-
-
-def lines(out):
-    return (out / LOG).read_text().splitlines() if (out / LOG).exists() else []
-
-
-def weights(folder):
-    from safetensors.torch import load_file
-    return load_file(Path(folder, "model.safetensors"))
-
-
-@functools.cache
-def straight():
-    """-> (metrics.jsonl, final weights) of the run that nothing interrupts."""
-    assert go(Path(FOLDERS.name, "straight")) == 0
-    return Path(FOLDERS.name, "straight", LOG).read_bytes(), weights(Path(FOLDERS.name, "straight"))
-
-
-def check_same(out, what):
-    log, wanted = straight()
-    assert (out / LOG).read_bytes() == log, f"{what}: metrics.jsonl differs from the uninterrupted run's"
-    found = weights(out)
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted), \
-        f"{what}: final weights differ from the uninterrupted run's"
-    assert not list(out.glob("*.tmp")), f"{what}: left a temporary file"
-
-
-def check_resumed(out, what):
-    assert go(out, "--resume") == 0
-    check_same(out, f"resumed after {what}")
-
-
-def refusal(capsys, what, out, *options):
-    """The error line of a long_run that must end by exit 2."""
-    capsys.readouterr()
-    try:
-        code = go(out, *options)
-    except Exception as error:
-        pytest.fail(f"{what}: a traceback and not one line: {error!r:.300}")
-    found = re.findall(r"treg\.py: error: (.*)", capsys.readouterr().err)
-    assert code == 2 and len(found) == 1, f"{what}: exit {code}, not 2; error lines {found}"
-    return found[0]
-
-
-def kill(monkeypatch, out, where, at, *options):
-    """Run and die, uncaught, before or after the at-th optimiser step or writing of a checkpoint."""
-    def dying(*args, **kwargs):
-        calls.append(1)
-        if len(calls) < at or "after" in where:
-            original(*args, **kwargs)
-        if len(calls) == at:
-            raise SystemExit("killed")
-    owner, name = (treg.torch.optim.AdamW, "step") if "step" in where else (treg.torch, "save")
-    original, calls = getattr(owner, name), []
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
-        patch.setattr(owner, name, dying)
-        go(out, *options)
-
-
-def count_calls(monkeypatch, owner, name):
-    calls, original = [], getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
-    return calls
-
-
-# ------------------------------------------------------------------------------------------------------ long runs
-@pytest.mark.parametrize("where, at, saved", [("before step", 2, 0), ("after step", 4, 2), ("before save", 3, 2),
-                                              ("after save", 4, 4)])  # the first torch.save is the annotation's
-def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(monkeypatch, tmp_path, where, at, saved):
-    kill(monkeypatch, tmp_path, where, at)
-    with open(tmp_path / LOG, "a") as log:
-        log.write('{"step": 99, "lo')  # cut off by the kill
-    (tmp_path / "checkpoint.pt.tmp").write_bytes(b"half a save")
-    kill(monkeypatch, tmp_path, "before step", 1, "--resume")
-    assert lines(tmp_path) == straight()[0].decode().splitlines()[:saved], "lines after the checkpoint must be cut first"
-    check_resumed(tmp_path, f"killed {where} {at}, and again")
-
-
-def test_signals_to_a_real_process(tmp_path):
-    """SIGINT, SIGTERM, then SIGKILL, each to a process that went on from the one before; this process finishes the run."""
-    slow = (f"import sys, time; sys.path.insert(0, sys.argv.pop(1)); import treg; step = treg.torch.optim.AdamW.step\n"
-            f"treg.torch.set_num_threads({torch.get_num_threads()})  # other threads add in another order\n"
-            "def slow(*args, **kwargs): time.sleep(0.1); return step(*args, **kwargs)\n"
-            "treg.torch.optim.AdamW.step = slow; sys.exit(treg.main(sys.argv[1:]))")
-    out, said = tmp_path / "out", tmp_path / "stderr.txt"
-    for number, at in ((signal.SIGINT, 2), (signal.SIGTERM, 5), (signal.SIGKILL, 8)):
-        with said.open("w") as err:
-            arguments = long_run(out, "--save-every", "99", *["--resume"] * out.exists())
-            process = subprocess.Popen([sys.executable, "-c", slow, str(Path(treg.__file__).parent), *arguments],
-                                       stdout=subprocess.DEVNULL, stderr=err)
-        end = time.monotonic() + 60
-        while len(lines(out)) < at and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.005)
-        process.send_signal(number)
-        code, text = process.wait(30), said.read_text()[-500:]
-        assert code == (-9 if number == signal.SIGKILL else 130), f"{number.name}: exit {code}: {text}"
-        if code == 130:
-            assert f"--resume --out {out}" in text, f"{number.name}: must say how to go on: {text}"
-            done = len(torch.load(out / "checkpoint.pt", weights_only=True)["history"])
-            assert done == len(lines(out)) < STEPS, f"{number.name}: stopped without having saved its last step"
-    check_resumed(out, "SIGINT, SIGTERM and SIGKILL")
-
-
-def test_interrupt_in_the_dpo_run_that_makes_token_rewards(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    steps = count_calls(monkeypatch, treg.torch.optim.AdamW, "step")
-    step = treg.torch.optim.AdamW.step
-    monkeypatch.setattr(treg.torch.optim.AdamW, "step", lambda *args, **kwargs: (
-        step(*args, **kwargs), len(steps) == 2 and os.kill(os.getpid(), signal.SIGINT))[0])
-    code = treg.main([word for word in long_run("--out", "--token-rewards", "dpo") if word != "--out"])
-    assert code == 130 and len(steps) < STEPS, f"Ctrl-C was lost in the first DPO run: exit {code} after {len(steps)} steps"
-    (out,), err = (tmp_path / "runs").iterdir(), capsys.readouterr().err
-    assert "--resume" not in err or f"--resume --out runs/{out.name}" in err, f"names another folder than {out}: {err[-200:]}"
-
-
-def test_resume_refuses_another_run_and_names_what_differs(monkeypatch, tmp_path, capsys):
-    kill(monkeypatch, tmp_path, "before step", 4)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    other = write_pairs("other.jsonl", " Yes.")
-    for options, words in ((["--lr", "2e-3"], ["lr", "0.001", "0.002"]), (["--alpha", "0.5"], ["alpha", "0.25", "0.5"]),
-                           (["--seed", "1"], ["seed"]), (["--data", other], ["data", "other.jsonl"])):
-        line = refusal(capsys, f"--resume with {options}", tmp_path, "--resume", *options)
-        assert all(word in line for word in words), f"--resume with {options} must name {words}: {line}"
-    with monkeypatch.context() as patch:  # the same name, other content
-        patch.setattr(treg, "load_pairs", lambda source, split="train", load=treg.load_pairs: [
-            {**pair, "chosen": pair["chosen"] + "!"} for pair in load(source, split)])
-        assert re.search("data|pairs", refusal(capsys, "--resume with changed data", tmp_path, "--resume"))
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}, "a refused --resume changed the folder"
-    check_resumed(tmp_path, "refusals")
-
-
-def test_resume_from_nothing_of_a_finished_run_and_over_a_model(monkeypatch, tmp_path, capsys):
-    check_resumed(tmp_path / "new", "nothing: there was no run yet")
-    before, steps = {p: p.stat().st_mtime_ns for p in (tmp_path / "new").iterdir()}, count_calls(monkeypatch, treg, "train")
-    capsys.readouterr()
-    assert go(tmp_path / "new", "--resume") == 0 and not steps and "finished" in capsys.readouterr().out
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "new").iterdir()}, "a finished run was written to"
-    assert "--resume" in refusal(capsys, "a second run in the same folder", tmp_path / "new")
-    shutil.copytree(model_folder(), tmp_path / "model")
-    refusal(capsys, "--resume in a folder that holds the user's own model, no run", tmp_path / "model", "--resume")
-
-
-def test_annotation_is_reused_and_a_damaged_one_is_named(monkeypatch, tmp_path, capsys):
-    kill(monkeypatch, tmp_path / "first", "before step", 4)
-    calls, whole = count_calls(monkeypatch, treg, "annotate"), (tmp_path / "first/annotation.pt").read_bytes()
-    first = torch.load(tmp_path / "first/annotation.pt", weights_only=True)["chosen_ref_logps"][:9]
-    at = whole.index(first.numpy().tobytes()) + 5  # in the middle of a number
-    flipped = whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1:]
-    for case, raw in {"whole": whole, "truncated": whole[:len(whole) // 2], "empty": b"", "a bit flipped": flipped}.items():
-        out = shutil.copytree(tmp_path / "first", tmp_path / case)
-        (out / "annotation.pt").write_bytes(raw)
-        if case == "whole":
-            assert go(out, "--resume") == 0 and not calls, "annotated again"
-        else:
-            assert "annotation.pt" in refusal(capsys, f"an annotation {case}", out, "--resume")
-            (out / "annotation.pt").unlink()
-            assert go(out, "--resume") == 0
-        check_same(out, f"annotation {case}")
-
-
-def test_non_finite_loss_stops_names_the_pairs_and_keeps_the_checkpoint(monkeypatch, tmp_path, capsys):
-    def nan_at_step_5(model, pairs, s):
-        loss, *rest = original(model, pairs, s)
-        if len(lines(tmp_path)) == 4 and torch.is_grad_enabled():
-            batch.extend(pair["where"] for pair in pairs)
-            loss = loss * math.nan
-        return loss, *rest
-    original, batch = treg.losses, []
-    with monkeypatch.context() as patch:
-        patch.setattr(treg, "losses", nan_at_step_5)
-        line = refusal(capsys, "a NaN loss", tmp_path)
-    assert "step 5" in line and len(batch) == 4 and all(where in line for where in batch), f"step 5 and {batch} in: {line}"
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert len(state["history"]) == 4 and all(value.isfinite().all() for value in state["model"].values())
-    check_resumed(tmp_path, "a NaN")
-
-
-@pytest.mark.parametrize("name, limit", [("annotation.pt", 4096), ("checkpoint.pt", 60000), ("checkpoint.pt", None),
-                                         ("metrics.jsonl", 2200)])
-def test_full_disk_leaves_the_old_checkpoint_whole(monkeypatch, tmp_path, capsys, name, limit):
-    """limit: one on file sizes, so that each library's own write fails with its own exception; else torch.save is replaced."""
-    def full(state, path):
-        Path(path).write_bytes(b"PK half a checkpoint")
-        raise OSError(28, "No space left on device")
-    kill(monkeypatch, tmp_path, "before step", 4)
-    if name == "annotation.pt":
-        (tmp_path / name).unlink()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with monkeypatch.context() as patch:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit or before[0], before[1]))
-        if limit is None:
-            patch.setattr(treg.torch, "save", full)
-        try:
-            rarely = ["--save-every", "99"] * (name == "metrics.jsonl")  # else the checkpoint fails first
-            line = refusal(capsys, f"no room for {name}", tmp_path, "--resume", *rarely)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert name in line and (limit or "No space left" in line), line
-    assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"]) == 2, "the old checkpoint must stay whole"
-    assert not list(tmp_path.glob("*.tmp")), "a full disk left a .tmp, which keeps it full"
-    check_resumed(tmp_path, f"no room for {name}")
-
-
-@pytest.mark.parametrize("kind", ["OSError", "SafetensorError", "KeyboardInterrupt"])
-def test_failure_in_the_final_save_loses_no_training(monkeypatch, tmp_path, capsys, kind):
-    from safetensors import SafetensorError
-    from transformers import PreTrainedModel
-    error = {"OSError": OSError(28, "No space left on device"), "SafetensorError": SafetensorError("I/O error: No space left"),
-             "KeyboardInterrupt": KeyboardInterrupt()}[kind]
-    with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedModel, "save_pretrained", lambda *args, **kwargs: (_ for _ in ()).throw(error))
-        if kind == "KeyboardInterrupt":
-            assert go(tmp_path, "--save-every", "99") == 130
-            assert not re.search("not begun|before training", capsys.readouterr().err), "it had trained, but says it had not"
-        else:
-            assert "No space left" in refusal(capsys, f"{kind} in the final save", tmp_path, "--save-every", "99")
-    steps = count_calls(monkeypatch, treg.torch.optim.AdamW, "step")
-    check_resumed(tmp_path, "a failed final save")
-    assert not steps, f"a failed final save cost {len(steps)} steps: there was no checkpoint after the last step"
-
-
-def test_another_seed_gives_other_metrics(tmp_path):
-    assert go(tmp_path, "--seed", "1") == 0 and (tmp_path / LOG).read_bytes() != straight()[0]
-
-
-def test_output_folder(monkeypatch, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    monkeypatch.chdir(tmp_path)
-    assert treg.main([word for word in long_run("--out") if word != "--out"]) == 0
-    (out,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", out.name)
-    names = {"step", "loss", "margin", "accuracy", "weight", "agreement", "chosen_logps", "rejected_logps", "grad_norm", "lr"}
-    assert all(json.loads(line).keys() == names for line in lines(out)), "metrics.jsonl: nothing missing, no clock"
-    check_same(out, "the same long_run, a second time and in a folder named by the time")
-    settings = json.loads((out / "settings.json").read_text())
-    assert settings.items() >= {"lr": 1e-3, "alpha": 0.25, "beta": 0.1, "seed": 0, "epochs": 2, "prompts": "answer"}.items()
-    assert torch.__version__ in json.dumps(settings), "versions"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights(out).items())
-    assert tokenizer.chat_template == treg.PLAIN_TEMPLATE, "the layout that a base model was trained with must be saved"
-    summary = json.loads((out / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(
-        f"summary.json holds {word}, which is no JSON: jq and browsers refuse the file"))
-    for name in [f"{phase}_{what}" for phase in ("annotate", "train") for what in ("seconds", "cpu_seconds", "tokens")]:
-        assert summary[name] > 0, name
-    assert summary["peak_memory_bytes"] > 2**20 and summary["steps"] == STEPS and not (out / "checkpoint.pt").exists()
-
-
-def test_nothing_is_unpickled(monkeypatch, tmp_path, capsys):
-    source = Path(treg.__file__).read_text()
-    loads = re.findall(r"torch\.load\([^\n]*", source)
-    assert loads and all("weights_only=True" in load for load in loads), loads
-    assert not re.search(r"trust_remote_code\s*=\s*True|import (pickle|dill|joblib)|allow_pickle\s*=\s*True", source)
-    kill(monkeypatch, tmp_path, "before step", 4)
-    bomb = f"cos\nsystem\n(S'touch {tmp_path}/executed'\ntR.".encode()
-    for packed in (False, True):
-        (tmp_path / "checkpoint.pt").write_bytes(bomb)
-        if packed:  # as torch.save packs it
-            with zipfile.ZipFile(tmp_path / "checkpoint.pt", "w") as file:
-                [file.writestr(f"archive/{name}", raw) for name, raw in (("data.pkl", bomb), ("version", "3\n"))]
-        try:
-            assert "checkpoint.pt" in refusal(capsys, "a checkpoint that is none", tmp_path, "--resume")
-        finally:
-            assert not (tmp_path / "executed").exists(), "resuming executed a long_run hidden in checkpoint.pt"
-
-
-def test_no_code_of_a_model_folder_runs(monkeypatch, tmp_path, capsys):
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nraise ValueError('evil')\n")
-    (tmp_path / "config.json").write_text(json.dumps(
-        {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}))
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the library asks at a terminal unless it is told False
-    refusal(capsys, "a model folder with code", tmp_path / "out", "--model", tmp_path)
-    assert not (tmp_path / "executed").exists(), "code from the model folder ran: trust_remote_code must be False, not unset"
-
-
-# ------------------------------------------------------------------------------------------------- bugs of others
-USER = [{"role": "user", "content": "Say 7"}]
-
-
-def encode_one(tokenizer, prompt="Say 7", chosen="It is 7.", rejected="No.", max_length=512, style=None):
-    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "where": "x:1"}
-    return treg.encode(tokenizer, [pair], max_length, style)[0][0]
-
-
-@pytest.mark.parametrize("name, template, adds_bos, wanted", [("chat model", LLAMA, True, 1), ("base model", None, True, 1),
-                                                              ("GPT-2", None, False, 0)])
-def test_bos_is_written_once(name, template, adds_bos, wanted):
-    _, tokenizer = treg.load_model(model_folder(template=template, bos="<s>", adds_bos=adds_bos), "--model", CPU)
-    assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) == adds_bos
-    pair = encode_one(tokenizer, style="answer")
-    for key in [key for key in pair if key.endswith("_ids")]:
-        ids, count = pair[key].tolist(), 0 if key in ("chosen_ids", "rejected_ids") else wanted
-        assert ids.count(tokenizer.bos_token_id) == count, f"{name}: {key} holds BOS {ids.count(tokenizer.bos_token_id)} times"
-        assert not count or ids[0] == tokenizer.bos_token_id
-
-
-@pytest.mark.parametrize("template, end", [(CHATML, "<|im_end|>"), (LLAMA, "<|im_end|>"), (BARE, "<|endoftext|>"),
-                                           (treg.PLAIN_TEMPLATE, "<|endoftext|>")])
-def test_end_token_is_the_templates_own_and_there_once(template, end):
-    tokenizer = small_tokenizer(template, "<s>")
-    pair, token = encode_one(tokenizer, chosen="It is 7.", rejected="No." + end), tokenizer.convert_tokens_to_ids(end)
-    for ids in (pair["chosen_ids"].tolist(), pair["rejected_ids"].tolist()):
-        assert ids[-1] == token and ids.count(token) == 1, f"a response must end with one {end}: {tokenizer.decode(ids)}"
-
-
-def test_end_token_is_learned_although_it_is_the_padding():
-    model, tokenizer = treg.load_model(model_folder(), "--model", CPU)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    responses, prompt = treg.columns([encode_one(tokenizer)], "ids"), treg.prompt_ids(tokenizer, USER)
-    logps, mask = treg.response_logps(model, [prompt] * 2, responses)
-    assert mask.sum(-1).tolist() == [len(response) for response in responses], "the mask must cover the end token"
-    for row, response in zip(logps, responses):
-        logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-        wanted = torch.stack([logits[len(prompt) + t - 1, token] for t, token in enumerate(response)])
-        assert torch.allclose(row[:len(response)], wanted, atol=1e-5), "log-probs, end token included"
-
-
-@pytest.mark.parametrize("options", [[], ["--gradient-checkpointing"]])
-@pytest.mark.parametrize("kind", ["gpt2", "opt"])  # OPT's layers call dropout as a function of their own training flag
-def test_dropout_is_off(tmp_path, kind, options):
-    folder = model_folder(kind, dropout=0.5)
-    assert go(tmp_path, "--model", folder, *options) == 0
-    first = json.loads(lines(tmp_path)[0])
-    assert abs(first["loss"] - math.log(2)) < 1e-5 and abs(first["margin"]) < 1e-5, f"{kind} {options}: dropout: {first}"
-    model, tokenizer = treg.load_model(folder, "--model", CPU, bool(options))
-    pairs, _ = treg.encode(tokenizer, treg.load_pairs(write_pairs("pairs.jsonl")), 512)
-    one, two = ([pair["chosen_ref_logps"] for pair in treg.annotate(model, tokenizer, pairs, None)] for _ in range(2))
-    assert all(map(np.array_equal, one, two)), "the reference differs from one call to the next"
-
-
-def test_gradient_checkpointing_changes_neither_metrics_nor_samples(tmp_path):
-    assert go(tmp_path, "--gradient-checkpointing") == 0
-    for line, wanted in zip(lines(tmp_path), straight()[0].decode().splitlines(), strict=True):
-        assert json.loads(line) == pytest.approx(json.loads(wanted), abs=1e-5, rel=1e-5)
-    models = [treg.load_model(model_folder(), "--model", CPU, on) for on in (False, True)]
-    pairs, _ = treg.encode(models[0][1], treg.load_pairs(write_pairs("pairs.jsonl"))[:4], 512)
-    one, two = (treg.sample(model, tokenizer, pairs, seed=0) for model, tokenizer in models)
-    assert one == two, "samples differ: checkpointed layers drop the key-value cache, so they see one token alone"
-    for (model, tokenizer), times in zip(models, (1, 2)):
-        calls = []
-        model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-        treg.response_logps(model, [pairs[0]["prompt_ids"].tolist()], [pairs[0]["chosen_ids"].tolist()])[0].sum().backward()
-        assert len(calls) == times, f"a layer was computed {len(calls)} times, not {times}: activations are not recomputed"
-
-
-def test_response_ids_do_not_depend_on_the_prompt():
-    tokenizer = small_tokenizer(BARE)
-    joint, apart = tokenizer("See the")["input_ids"], [tokenizer(part)["input_ids"] for part in ("See th", "e")]
-    assert joint != apart[0] + apart[1], "this tokenizer must merge across the boundary, else the test shows nothing"
-    pairs = [encode_one(tokenizer, prompt, "e cat", "e dog") for prompt in ("See th", "See ", "See:")]
-    wanted = tokenizer("e cat<|endoftext|>")["input_ids"]
-    assert all(pair["chosen_ids"].tolist() == wanted for pair in pairs), "the prompt's end changed the response's tokens"
-    assert [tokenizer.decode(pair["prompt_ids"]) for pair in pairs] == ["See th", "See ", "See:"]
-
-
-def test_templates_that_refuse_a_system_role_or_want_alternation():
-    tokenizer, system = small_tokenizer(STRICT), {"role": "system", "content": "Be kind."}
-    text = tokenizer.decode(encode_one(tokenizer, [system, *USER])["prompt_ids"])
-    assert re.fullmatch(r"<\|im_start\|>user\s+Be kind\.\s+Say 7<\|im_end\|>\s+<\|im_start\|>assistant\s+", text), text
-    talk = [*USER, {"role": "assistant", "content": "7"}, {"role": "user", "content": "Say 8"}]
-    for prompt in (talk, [system, *talk], "\n\nHuman: Say 7\n\nAssistant: 7\n\nHuman: Say 8\n\nAssistant:"):
-        assert tokenizer.decode(encode_one(tokenizer, prompt, style="answer")["prompt_ids"]).count("<|im_start|>user") == 2
-    for refused in (USER * 2, [system, *USER * 2]):
-        with pytest.raises(treg.UserError, match="x:1.*alternate"):
-            encode_one(tokenizer, refused)
-
-
-def test_prompts_are_a_function_of_the_data_though_the_template_writes_the_date():
-    tokenizer = small_tokenizer("{{ strftime_now('%d %b %Y %H:%M:%S.%f') }}\n" + CHATML)  # Llama 3.2's writes the day
-    one, two = (encode_one(tokenizer)["prompt_ids"].tolist() for _ in range(2))
-    assert one == two, "the prompt holds the time of the run: no run can be resumed on the next day"
-
-
-def test_learning_rate_suits_the_size_and_a_high_one_is_warned_of(monkeypatch, capsys):
-    readme = re.search(r"## Learning rate\n(.*?)\n## ", (HERE / "README.md").read_text(), re.S)[1]
-    for size, rate, said in ((8e9, 5e-7, "5e-7 for Llama-3-8B"), (134.5e6, 3.9e-6, "3.9e-6 for SmolLM2-135M"),
-                             (5e8, 2e-6, "2e-6 at half a billion"), (147_776, 1.2e-4, "would say 1.2e-4")):
-        assert treg.default_lr(size) == rate and said in " ".join(readme.split())
-
-    def large(*args):
-        loaded = load(*args)
-        monkeypatch.setattr(torch.nn.Parameter, "numel", lambda parameter: 10**8, raising=False)
-        return loaded
-    load = treg.load_model
-    monkeypatch.setattr(treg, "load_model", large)
-    for rate, warned in (("1e-4", True), ("1e-6", False)):
-        assert go("unused", "--lr", rate, "--check-prompts") == 0
-        assert ("warning: --lr" in capsys.readouterr().out) == warned, f"--lr {rate} for a model of more than 1e8 parameters"
-
-
-@pytest.mark.parametrize("dtype, options", [(torch.bfloat16, []), (torch.float32, ["--dtype", "bf16"])])
-def test_small_updates_are_not_rounded_away(tmp_path, dtype, options):
-    folder = model_folder(dtype=dtype)
-    assert go(tmp_path, "--model", folder, "--lr", "5e-7", "--steps", "1", *options) == 0
-    before, after = weights(folder), weights(tmp_path)
-    assert all(value.dtype == torch.float32 for value in after.values()), "saved in less than the precision of the training"
-    moved = torch.cat([(after[name] - before[name].float()).abs().flatten() for name in before])
-    assert (moved > 0).float().mean() > 0.5 and moved.max() < 1e-6, f"{(moved > 0).float().mean():.1%} of the weights moved"
-    model, _ = treg.load_model(str(tmp_path), "--model", CPU)
-    assert model.dtype == torch.float32
-
-
-def test_bf16_starts_at_the_reference_and_its_log_softmax_is_float32(tmp_path):
-    assert go(tmp_path, "--dtype", "bf16") == 0
-    first = json.loads(lines(tmp_path)[0])
-    assert abs(first["margin"]) < 0.01 and abs(first["loss"] - math.log(2)) < 0.01, f"π is not π_ref at step 1: {first}"
-    model, tokenizer = treg.load_model(model_folder(), "--model", CPU)
-    prompts, responses = [treg.prompt_ids(tokenizer, USER)] * 2, treg.columns([encode_one(tokenizer)], "ids")
-    with torch.autocast("cpu", torch.bfloat16):
-        logps, _ = treg.response_logps(model, prompts, responses)
-    assert logps.dtype == torch.float32 and not torch.equal(logps, logps.bfloat16().float()), "log-softmax rounded to bfloat16"
-
-
-def test_too_long_pairs_are_dropped_and_counted_and_nothing_is_cut():
-    texts = [("Say 7", "It is 7.", "No. " * 300), ("Say 7", "Yes. " * 300, "No."), ("Say 7" * 100, "Yes.", "No."),
-             ("Say 7", "It is 7.", "No.")]
-    pairs = [dict(zip(("prompt", "chosen", "rejected"), row), where="x:1") for row in texts]
-    kept, report = treg.encode(small_tokenizer(CHATML), pairs, 128)
-    assert [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in kept] == texts[3:]
-    assert "3 dropped: longer than 128 tokens" in report
-    longest = max(len(kept[0][name]) for name in ("chosen_ids", "rejected_ids")) + len(kept[0]["prompt_ids"])
-    with_style = max(len(ids) for name, ids in treg.encode(small_tokenizer(CHATML), pairs[3:], 128, "revise")[0][0].items()
-                     if re.fullmatch(r"\w+_(better|worse)_ids", name))
-    assert with_style > longest - len(kept[0]["chosen_ids"])
-    for limit, style, count in ((longest, None, 1), (longest - 1, None, 0), (longest, "revise", 0)):
-        assert len(treg.encode(small_tokenizer(CHATML), pairs[3:], limit, style)[0]) == count, f"{limit} tokens, {style}"
-
-
-def test_saved_model_keeps_its_chat_template_and_odd_generation_settings_do_not_stop_the_save(tmp_path):
-    folder = shutil.copytree(model_folder(template=CHATML), tmp_path / "model")
-    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "top_p": 0.9}')  # as Llama 2 had
-    assert go(tmp_path / "out", "--model", folder, "--steps", "1") == 0
-    assert treg.load_model(str(tmp_path / "out"), "--model", CPU)[1].chat_template == CHATML
-
-
-def test_model_without_a_position_limit(tmp_path):
-    assert go(tmp_path, "--model", model_folder("bloom"), "--steps", "1") == 0
-
-
-def test_missing_weights_are_refused_not_made_up(tmp_path, capsys):
-    from safetensors.torch import save_file
-    folder = shutil.copytree(model_folder(), tmp_path / "model")
-    lacking = weights(folder)
-    del lacking["transformer.h.0.mlp.c_fc.weight"]
-    save_file(lacking, folder / "model.safetensors", {"format": "pt"})
-    assert "mlp.c_fc.weight" in refusal(capsys, "a model that lacks weights", tmp_path / "out", "--model", folder)
-
-
-# ------------------------------------------------------------------------------ the tests grade; worked example
-# Correct code in other styles than treg.py's. WRONG spoils the first by one typical mistake at a time.
+# Correct code in two other styles. WRONG spoils the first, by one typical mistake at a time.
 STUDENT = """
 import torch
 import torch.nn.functional as F
@@ -2040,11 +425,11 @@ def contrastive_prompts(prompt, response, style):
             messages[last]["content"] = text
         return copies
     parts = {side: templates[side].split("{prompt}") for side in ("better", "worse")}
-    return [prompt.join(part.replace("{response}", response) for part in parts[side]) for side in ("better", "worse")]
+    return [prompt.join(part.replace("{response}", response) for part in parts[s]) for s in parts]
 
 def token_rewards(better_logps, worse_logps, mask):
-    difference = (better_logps - worse_logps).masked_fill(mask == 0, 0)
-    return 1 / (1 + torch.exp(-difference)) - 1 / 2
+    d = (better_logps - worse_logps).masked_fill(mask == 0, 0)
+    return 1 / (1 + torch.exp(-d)) - 1 / 2
 
 def dpo_rewards(logps, ref_logps, mask, beta):
     return (beta * logps - beta * ref_logps).masked_fill(mask == 0, 0)
@@ -2057,301 +442,2519 @@ def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weig
     z = chosen.sum(dim=1) - rejected.sum(dim=1) - gamma
     with torch.no_grad():
         w = torch.sigmoid(-z) if weighting == "sequence" else torch.full_like(z, 0.5)
-    regulariser = -torch.einsum("bt,bt->b", chosen_hat, chosen) - torch.einsum("bt,bt->b", rejected_hat, rejected)
-    return F.softplus(-z) + alpha * w * regulariser, z
+    agree = torch.einsum("bt,bt->b", chosen_hat, chosen)
+    agree = agree + torch.einsum("bt,bt->b", rejected_hat, rejected)
+    return F.softplus(-z) - alpha * w * agree, z
 """
-PRODUCTS_AND_LOOPS = """
-import math
-import torch
+CONSTANTS_PRODUCTS_AND_LOOPS = """
+import collections, math, torch
 
+Result = collections.namedtuple("Result", "loss margin")
+
+@torch.no_grad()
 def token_rewards(better_logps, worse_logps, mask):
-    difference = torch.nan_to_num(better_logps - worse_logps, 0.0, 0.0, 0.0) * mask
-    return torch.tanh(difference / 2) / 2
+    return torch.tanh(torch.nan_to_num(better_logps - worse_logps, 0.0, 0.0, 0.0) * mask / 2) / 2
 
 def dpo_rewards(logps, ref_logps, mask, beta):
-    return torch.where(mask > 0, beta * (logps - ref_logps), torch.zeros_like(logps))
-
-def simpo_rewards(logps, mask, beta):
-    rows = [torch.where(m > 0, row, 0.0) * beta / max(int((m > 0).sum()), 1) for row, m in zip(logps, mask)]
-    return torch.stack(rows)
+    rewards, real = torch.zeros_like(logps), mask.bool()
+    rewards[real] = beta * (logps[real] - ref_logps.detach()[real])
+    return rewards
 
 def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weighting="sequence"):
     losses, margins = [], []
     for c, r, c_hat, r_hat in zip(chosen, rejected, chosen_hat, rejected_hat):
         z = sum(c) - sum(r) - gamma
         w = 1 / (1 + math.exp(z.item())) if weighting == "sequence" else 0.5
-        loss = torch.logaddexp(torch.zeros_like(z), -z)
-        for hats, rewards in ((c_hat, c), (r_hat, r)):
-            loss = loss - alpha * w * torch.dot(hats, rewards)
-        losses.append(loss)
+        agreement = torch.dot(c_hat, c) + torch.dot(r_hat, r)
+        losses.append(torch.logaddexp(torch.zeros_like(z), -z) - alpha * w * agreement)
         margins.append(z)
-    return torch.stack(losses), torch.stack(margins)
+    return Result(torch.stack(losses), torch.stack(margins))
 """
-# A mistake, the function, what it replaces there and by what, the test that must catch it, words of its hint
-WRONG = [
-    ("worse prompt first", "contrastive_prompts", '("better", "worse")]', '("worse", "better")]',
-     "contrastive_prompts_ask_for_better_first_and_worse_second", "are the two prompts swapped"),
-    ("writes into the messages", "contrastive_prompts", "[dict(m) for m in prompt]", "[m for m in prompt]",
-     "contrastive_prompts_keep_the_kind_of_the_prompt", "did you write into them"),
-    ("fields filled one after the other", "contrastive_prompts",
-     'prompt.join(part.replace("{response}", response) for part in parts[side])',
-     '"{prompt}".join(parts[side]).replace("{prompt}", prompt).replace("{response}", response)',
-     "contrastive_prompts_take_texts_literally", "in one pass"),
-    ("σ without −½", "token_rewards", " - 1 / 2", "", "token_rewards_values_and_gradient", "is ½ subtracted"),
-    ("swapped log-probs", "token_rewards", "better_logps - worse_logps", "worse_logps - better_logps",
-     "token_rewards_values_and_gradient", "are better and worse swapped"),
-    ("exp of each log-prob", "token_rewards", "1 / (1 + torch.exp(-difference))",
-     "torch.exp(better_logps) / (torch.exp(better_logps) + torch.exp(worse_logps))",
-     "token_rewards_swapped_prompts_flip_the_sign_and_equal_prompts_give_zero", "take the difference first"),
-    ("mask forgotten", "token_rewards", ".masked_fill(mask == 0, 0)", "",
-     "padding_changes_no_value_and_no_gradient", "is the mask used"),
-    ("mask as a factor", "dpo_rewards", ".masked_fill(mask == 0, 0)", " * mask",
-     "padding_changes_no_value_and_no_gradient", "NaN × 0 is NaN"),
-    ("mask after σ", "token_rewards", ".masked_fill(mask == 0, 0)\n    return 1 / (1 + torch.exp(-difference)) - 1 / 2",
-     "\n    return (1 / (1 + torch.exp(-difference)) - 1 / 2).masked_fill(mask == 0, 0)",
-     "padding_changes_no_value_and_no_gradient", "mask before σ"),
-    ("β forgotten", "dpo_rewards", "beta * logps - beta * ref_logps", "logps - ref_logps",
-     "dpo_rewards_values_and_gradient", "is β there"),
-    ("no length normalisation", "simpo_rewards", " / length.unsqueeze(1)", "",
-     "simpo_rewards_are_divided_by_the_length_of_the_response", "divided by the number of tokens"),
-    ("length of the batch", "simpo_rewards", "(mask != 0)", "torch.ones_like(mask)",
-     "simpo_rewards_are_divided_by_the_length_of_the_response", "not the padding"),
-    ("0 / 0 in a row without tokens", "simpo_rewards", ".clamp(min=1)", "",
-     "simpo_rewards_are_divided_by_the_length_of_the_response", "0 / 0 is NaN"),
-    ("sides swapped", "treg_loss", "chosen.sum(dim=1) - rejected.sum(dim=1)", "rejected.sum(dim=1) - chosen.sum(dim=1)",
-     "margin_is_a_difference_of_sums_less_gamma", "chosen less rejected"),
-    ("mean for sum", "treg_loss", "chosen.sum(dim=1) - rejected.sum(", "chosen.mean(dim=1) - rejected.mean(",
-     "margin_is_a_difference_of_sums_less_gamma", "sums, not means"),
-    ("γ added", "treg_loss", "- gamma", "+ gamma", "margin_is_a_difference_of_sums_less_gamma", "is γ subtracted"),
-    ("margin returned without γ", "treg_loss", "regulariser, z", "regulariser, z + gamma",
-     "margin_is_a_difference_of_sums_less_gamma", "in the result too"),
-    ("α forgotten", "treg_loss", "alpha * w", "w", "alpha_zero_is_bitwise_the_base_loss", "is the regulariser times α"),
-    ("mean over the batch", "treg_loss", "return F.softplus(-z) + alpha * w * regulariser,",
-     "return (F.softplus(-z) + alpha * w * regulariser).mean(),",
-     "alpha_zero_is_bitwise_the_base_loss", "no mean.*: shape"),
-    ("log of σ", "treg_loss", "F.softplus(-z)", "-torch.log(torch.sigmoid(z))",
-     "alpha_zero_is_bitwise_the_base_loss", "use logsigmoid or softplus"),
-    ("weight σ(z)", "treg_loss", "torch.sigmoid(-z)", "torch.sigmoid(z)",
-     "gamma_lowers_the_margin_and_raises_the_weight", r"is it σ\(z\)"),
-    ("γ not in the weight", "treg_loss", "torch.sigmoid(-z)", "torch.sigmoid(-z - gamma)",
-     "gamma_lowers_the_margin_and_raises_the_weight", "γ included"),
-    ("sign of the regulariser", "treg_loss", "+ alpha * w", "- alpha * w",
-     "regulariser_rewards_agreement_on_both_sides", "chosen response is −α w Σ r̂ r"),
-    ("mean of the agreement", "treg_loss", "w * regulariser", "w * regulariser / chosen.shape[1]",
-     "regulariser_rewards_agreement_on_both_sides", "a sum over tokens"),
-    ("chosen side only", "treg_loss", ' - torch.einsum("bt,bt->b", rejected_hat, rejected)', "",
-     "regulariser_rewards_agreement_on_both_sides", "rejected response.*on both sides"),
-    ("sign of the rejected side", "treg_loss", ' - torch.einsum("bt,bt->b", rej', ' + torch.einsum("bt,bt->b", rej',
-     "regulariser_rewards_agreement_on_both_sides", "rejected response.*with the same sign"),
-    ("no detach", "treg_loss", "torch.no_grad()", "torch.enable_grad()",
-     "treg_loss_by_hand", r"chosen token should be −β·w·\(1 \+ α·r̂\): did you detach the weight"),
-    ("static weighting ignored", "treg_loss", ' if weighting == "sequence" else torch.full_like(z, 0.5)', "",
-     "treg_loss_by_hand", "static weighting"),
-]
+LATE = ").sigmoid().masked_fill(mask == 0, 0.5).logit()"
+# function: what is right in STUDENT, a mistake for it, the test that catches it, words of its hint
+WRONG = {
+    "contrastive_prompts": [
+        ('("better", "worse")', '("worse", "better")', "last_user", "are they swapped"),
+        ("dict(m) for", "m for", "last_user", "did you write into them"),
+        ("prompt] for _", "prompt[: last + 1]] for _", "last_user", "after the last *user*"),
+        (' if m["role"] == "user"', "", "last_user", "after the last *user*"),
+        ("][-1]", "][0]", "last_user", "no other"),
+        (".split", '.replace("{response}", response).split', "literally", "in one pass"),
+    ],
+    "token_rewards": [
+        (" - 1 / 2", "", "rewards_by_hand", "is ½ subtracted"),
+        ("better_logps - worse", "worse_logps - better", "rewards_by_hand", "swapped"),
+        ("1 / (1 + torch.exp(-d)) - 1 / 2", "torch.tanh(d) / 2", "rewards_by_hand", "r̂ = σ"),
+        ("worse_logps)", "worse_logps).float()", "rewards_by_hand", "as exact as float32"),
+        ("mask == 0", "1 - mask", "rewards_by_hand", "a mask may be bool, int or float"),
+        ("mask == 0", "~mask", "padding", "a mask may be bool, int or float"),
+        (".masked_fill(mask == 0, 0)", "", "padding", "is the mask used"),
+        (".masked_fill(mask == 0, 0)", " * mask", "padding", "NaN × 0 is NaN"),
+        (").masked_fill(mask == 0, 0)", LATE, "padding", "mask before σ"),
+        ("d =", "worse_logps[mask == 0] = 0; d =", "padding", "must not change"),
+        ("torch.exp(-d)", "worse_logps.exp() / better_logps.exp()", "bounded", "difference first"),
+    ],
+    "dpo_rewards": [
+        ("beta * logps - beta * ref", "logps - ref", "rewards_by_hand", "is β there"),
+        (" - beta * ref_logps", "", "rewards_by_hand", "is the reference subtracted"),
+        ("* logps -", "* logps.detach() -", "rewards_by_hand", "no gradient reaches log π"),
+        (".masked_fill(mask == 0, 0)", " * mask", "padding", "NaN × 0 is NaN"),
+    ],
+    "simpo_rewards": [
+        (" / length.unsqueeze(1)", "", "simpo", "divided by the number of tokens"),
+        ("(mask != 0)", "torch.ones_like(mask)", "simpo", "not in the batch"),
+        ("(mask != 0).sum(dim=1)", "(mask.sum(dim=1) - 1)", "simpo", "the number of tokens"),
+        (".clamp(min=1)", "", "simpo", "0 / 0 is NaN"),
+    ],
+    "treg_loss": [
+        ("chosen.sum(dim=1) - rejected", "rejected.sum(dim=1) - chosen", "by_hand", "swapped"),
+        ("sum(dim=1) - rejected.sum", "mean(dim=1) - rejected.mean", "by_hand", "means for sums"),
+        ("- gamma", "+ gamma", "gamma", "is γ subtracted"),
+        ("agree, z", "agree, z + gamma", "gamma", "in the returned margin too"),
+        ("agree, z", "agree", "by_hand", "returns (loss, margin)"),
+        ("F.softplus(-z) - ", "F.softplus(-z).mean() - ", "identity", "L of one pair of two"),
+        ("z = chosen", "z = chosen.float()", "by_hand", "as exact as float32"),
+        ("alpha * w", "w", "by_hand", "alpha 0: L = −log σ(z) − α·w·Σ r̂·r: is α there"),
+        ("F.softplus(-z)", "torch.relu(2 - z)", "by_hand", "alpha 0: L = −log σ(z)"),
+        ("F.softplus(-z)", "-torch.log(torch.sigmoid(z))", "alpha_zero", "use logsigmoid"),
+        ("torch.sigmoid(-z)", "torch.sigmoid(z)", "by_hand", "not σ(z)"),
+        ("torch.sigmoid(-z)", "torch.sigmoid(-z - gamma)", "gamma", "z has γ in it, once"),
+        ("- alpha * w", "+ alpha * w", "by_hand", "chosen side: L"),
+        ("* agree", "* agree / chosen.shape[1]", "by_hand", "a sum over tokens"),
+        ("agree = agree +", "_ =", "by_hand", "rejected side: L"),
+        ("agree +", "agree -", "by_hand", "with the same sign"),
+        ("chosen_hat, chosen)", "rejected_hat, chosen)", "by_hand", "chosen side: L"),
+        ("chosen_hat, chosen)", "chosen_hat, chosen.detach())", "by_hand", "and nothing else"),
+        ("chosen_hat, chosen)", "chosen_hat.clamp(-1, 1), chosen)", "identity", "never clamped"),
+        ("torch.no_grad()", "torch.enable_grad()", "by_hand", "did you detach the weight?"),
+        (' if weighting == "sequence" else torch.full_like(z, 0.5)', "", "by_hand", "½ if static"),
+    ],
+}
 
 
-def put_in_place(monkeypatch, source):
+def parameters(test):
+    """-> all keywords that pytest would call the test with."""
+    tables = []
+    for mark in getattr(test, "pytestmark", []):
+        names, rows = mark.args
+        rows = rows if ", " in names else [[value] for value in rows]
+        tables.append([list(zip(names.split(", "), row, strict=True)) for row in rows])
+    return [dict(itertools.chain(*rows)) for rows in itertools.product(*tables)]
+
+
+def first_failure(source, monkeypatch):
+    """-> (the first test of the method that this code fails, what it says)."""
     space = {}
     exec(source, space)
     for name in set(PUBLIC) & set(space):
         monkeypatch.setattr(treg, name, space[name])
-
-
-def run_on_all_parameters(test):
-    marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
-    for values in itertools.product(*(values for _, values in marks)):
-        named = {}
-        for (names, _), value in zip(marks, values):
-            named |= dict(zip(names.split(", "), value)) if "," in names else {names: value}
-        test(**named)
+    for name, test in METHOD.items():
+        for values in parameters(test):
+            try:
+                in_short(test)(**values)
+            except pytest.fail.Exception as failure:
+                return name, failure.msg
+    return "none", ""
 
 
 @not_graded
-@pytest.mark.parametrize("source", [STUDENT, PRODUCTS_AND_LOOPS], ids=["masked_fill and einsum", "products and loops"])
+@pytest.mark.parametrize("source", [STUDENT, CONSTANTS_PRODUCTS_AND_LOOPS], ids=["one", "other"])
 def test_correct_code_in_another_style_passes(source, monkeypatch):
-    put_in_place(monkeypatch, source)
-    for test in METHOD:
-        run_on_all_parameters(test)
+    assert first_failure(source, monkeypatch) == ("none", "")
 
 
 @not_graded
-@pytest.mark.parametrize("function, right, wrong, test, hint", [pytest.param(*row, id=name) for name, *row in WRONG])
-def test_typical_mistake_is_caught_with_its_hint(function, right, wrong, test, hint, monkeypatch):
-    head, _, body = STUDENT.partition(f"def {function}(")
-    assert right in body, f"{right!r} is not in the correct {function}"
-    put_in_place(monkeypatch, f"{head}def {function}({body.replace(right, wrong, 1)}")
-    with pytest.raises(AssertionError, match=hint):
-        run_on_all_parameters(globals()[f"test_{test}"])
+@pytest.mark.parametrize("function", WRONG)
+def test_typical_mistakes_meet_their_hints(function, monkeypatch):
+    head, start, body = STUDENT.partition(f"def {function}(")
+    for right, wrong, test, hint in WRONG[function]:
+        assert right in body, f"{right!r} is not in the correct {function}"
+        name, says = first_failure(head + start + body.replace(right, wrong, 1), monkeypatch)
+        assert test in name and hint in says, f"{wrong!r} for {right!r}: {name}: {says}"
 
 
 @not_graded
-def test_grading_a_file_names_what_is_graded_and_what_cannot_be(tmp_path, monkeypatch):
-    """One function, with a mistake, in a process of its own; then files that cannot be graded, and a whole copy."""
+def test_a_graded_file_gets_short_hints(tmp_path):
+    """One function, its weight not detached, in a process of its own."""
+    body = STUDENT.partition("\ndef treg_loss(")[2].replace(
+        "torch.no_grad()", "torch.enable_grad()"
+    )
+    imports = "import torch\nimport torch.nn.functional as F\n"
+    (tmp_path / "student.py").write_text(f"{imports}def treg_loss({body}")
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "method", "-p", "no:cacheprovider"]
+    options = {"capture_output": True, "text": True, "env": os.environ | {"TREG": "student.py"}}
+    command += ["--rootdir", HERE, HERE / "test_treg.py"]  # -k finds names of folders too
+    says = subprocess.run(command, cwd=tmp_path, **options).stdout
+    assert "did you detach the weight?" in says, says
+    assert "graded: treg_loss of student.py" in says, says
+    failed, passed = (int(re.search(rf"(\d+) {word}", says)[1]) for word in ("failed", "passed"))
+    assert failed + passed == sum(len(parameters(test)) for test in METHOD.values()), says
+    assert len(says.splitlines()) < 5 * failed + 15, says
+
+
+@not_graded
+def test_what_cannot_be_graded_says_why(tmp_path):
     student = tmp_path / "student.py"
-    attached = STUDENT.partition("\ndef treg_loss(")[2].replace("torch.no_grad()", "torch.enable_grad()")
-    student.write_text(f"import torch\nimport torch.nn.functional as F\n\ndef treg_loss({attached}")
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "method",
-                             HERE / "test_treg.py"], capture_output=True, text=True, cwd=tmp_path,
-                            env=os.environ | {"TREG": "student.py"})
-    assert result.returncode == 1 and "did you detach the weight?" in result.stdout, result.stdout + result.stderr
-    assert "graded: treg_loss of student.py" in result.stdout and "1 failed" in result.stdout, result.stdout
-    for source, says in ((None, "No such file"), ("def f(:", "SyntaxError.*line 1"),
-                         ("\n1 / 0", "line 2: ZeroDivisionError"),
-                         ("def token_reward(): 0", "defines none of token_rewards")):
-        student.unlink(missing_ok=True)
-        if source:
-            student.write_text(source)
+    for source, says in {
+        "def f(:": "SyntaxError.*line 1",
+        "\n1 / 0": "line 2: ZeroDivisionError",
+        "def token_reward(): 0": "defines none of contrastive_prompts",
+    }.items():
+        student.write_text(source)
         with pytest.raises(pytest.Collector.CollectError, match=says):
             graded(student)
-    student.write_text((HERE / "treg.py").read_text())
+
+
+@not_graded
+def test_a_whole_copy_takes_the_place_of_treg(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "treg", treg)
-    with pytest.warns(match="graded: token_rewards.*credit_auroc"):
+    student = tmp_path / "student.py"
+    student.write_text((HERE / "treg.py").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.warns(match="graded: contrastive_prompts.*credit_auroc"):
         copied = graded(student)
-    assert copied is sys.modules["treg"] is not treg and copied.losses.__globals__ is vars(copied)
+    assert copied is sys.modules["treg"] is not treg
+    assert copied.treg_loss.__globals__ is vars(copied)
 
 
-@not_graded
-def test_readme_example_prints_what_the_readme_shows(capsys):
-    """The output to the letter; and the table beside it: its inputs are the snippet's, its results the functions'."""
-    section = (HERE / "README.md").read_text().partition("\n## By hand\n")[2].partition("\n## ")[0]
-    snippet, output = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", section, re.S).groups()
-    space = {}
-    exec(snippet, space)
-    assert capsys.readouterr().out == output
-    printed = {line[:20].strip(): [float(number) for number in line[20:].split()] for line in output.splitlines()}
-    rows = re.findall(r"^\| (?:chosen|rejected) \d \|(.*)\|$", section, re.M)
-    columns = zip(*([float(cell.replace("−", "-")) for cell in row.split("|")] for row in rows))
-    names = "better, worse, token reward, policy, ref, implicit reward, DPO gradient, T-REG gradient"
-    for name, column in zip(names.split(", "), columns, strict=True):
-        close(column, printed[name] if name in printed else space[name].exp().flatten(), f"the README's column {name}")
+# ------------------------------------------------------------------------------------ the tiny data
+# Guards tiny_data.jsonl: this generator makes it, and its labels and answers agree with its texts.
+SLOTS = """
+size tiny small large huge tall short
+colour red blue green gold black white pink grey
+material wooden paper glass stone brass clay woollen iron
+object lamp clock chair vase basket statue kettle drum mirror box
+place kitchen garden attic library cellar hall shed tower
+"""
+WORDS = {slot: words for slot, *words in map(str.split, SLOTS.strip().splitlines())}
+SHAPES = [
+    "There is a {size} {colour} {material} {object} in the {place}.",
+    "In the {place} stands a {size} {material} {object}, painted {colour}.",
+    "The {object} in the {place} is {size}, {colour} and {material}.",
+    "A {colour} {object}, {size} and {material}, waits in the {place}.",
+]
 
 
-@not_graded
-def test_exercises_come_out_as_the_readme_says():
-    better, worse, policy, ref = EXAMPLE
-    mask, hat = torch.ones(2, 2), treg.token_rewards(better, worse, torch.ones(2, 2))
-
-    def gradient(alpha, hat=hat, loss=treg.treg_loss):
-        logps = policy.clone().requires_grad_()
-        loss(*treg.dpo_rewards(logps, ref, mask, 0.5).chunk(2), *hat.chunk(2), alpha)[0].backward()
-        return logps.grad
-
-    close(gradient(10 / 3)[1, 0], 0.0, "1: the first gradient to change its sign")
-    space = {}
-    exec(STUDENT.replace("torch.no_grad()", "torch.enable_grad()"), space)
-    extra = 0.5 * 0.5 * 0.2 * 0.8 * 0.65 * math.log(2)
-    close(gradient(0.5, loss=space["treg_loss"]) - gradient(0.5), double([extra] * 2, [-extra] * 2), "3: extra term")
-    assert round(-0.12 + extra, 4) == -0.1020
-    for rejected_hat, factor in ((0.25, 0.875), (-0.25, 1.125)):
-        constant = double([0.25] * 2, [rejected_hat] * 2)
-        close(gradient(0.5, constant) / gradient(0.0), double([1.125] * 2, [factor] * 2), "4: a constant r̂")
-    for z, weighting, falls in ((2.70, "static", False), (2.71, "static", True), (2.71, "sequence", False)):
-        chosen, zero = double([z, 0.0]).requires_grad_(), double([0.0, 0.0])
-        treg.treg_loss(chosen, zero, double([0.4, -0.25]), zero, 0.5, weighting=weighting)[0].backward()
-        assert (chosen.grad[0, 1] > 0) == falls, f"5: {weighting} weighting at z = {z}"
-    long, short = (treg.simpo_rewards(-torch.ones(1, n), torch.ones(1, n), 2.0) for n in (8, 2))
-    close(long.sum() - short.sum(), 0.0, "6: the margin with means")
-    close(8 * long.sum() - 2 * short.sum(), -12.0, "6: the margin with sums")
-    for name, preference in (("hinge", lambda z: torch.relu(2 - z)), ("IPO", lambda z: (z - 0.5) ** 2)):
-        def loss(chosen, rejected, chosen_hat, rejected_hat, alpha):
-            z = chosen.sum() - rejected.sum()
-            weight = -torch.autograd.grad(preference(z), z, retain_graph=True)[0]
-            return preference(z) - alpha * weight * ((chosen_hat * chosen).sum() + (rejected_hat * rejected).sum()), z
-        close(gradient(0.5, loss=loss) / gradient(0.0, loss=loss), double([1.2, 0.875], [0.85, 1.1]), f"8: {name}")
+def respond(rng, world):
+    """-> (spans of the wrong words, the response); a slot is wrong with probability 0.3."""
+    text, errors = "", []
+    for part in re.split(r"\{(\w+)\}", rng.choice(SHAPES)):
+        if part in WORDS:
+            slot, start = part, len(text)
+            part = world[slot]
+            if rng.random() < 0.3:
+                part = rng.choice([word for word in WORDS[slot] if word != part])
+                errors.append([start, start + len(part)])
+        text += part
+    return errors, text
 
 
-# ------------------------------------------------------------------------------------------------------- README: TRL
-def trl_script(folder):
-    """-> trl_treg.py, saved in folder from the README as the README says."""
-    pytest.importorskip("trl", reason="the README's recipe needs trl, which treg.py does not")
-    [block] = [block for block in readme_blocks("python") if "DPOTrainer" in block]
-    return put(folder / "trl_treg.py", block)
+def tiny_data():
+    """-> the text of tiny_data.jsonl: 1,500 prompts; of two responses the better one is chosen."""
+    rng, seen, lines = random.Random(0), set(), []
+    for split, count in {"warmup": 900, "train": 300, "validation": 150, "test": 150}.items():
+        while count:
+            world = {slot: rng.choice(words) for slot, words in WORDS.items()}
+            prompt = "Describe a {size} {colour} {material} {object} in the {place}."
+            prompt = prompt.format(**world)
+            both = sorted([respond(rng, world), respond(rng, world)], key=lambda r: len(r[0]))
+            if prompt in seen or len(both[0][0]) == len(both[1][0]):
+                continue
+            seen.add(prompt)
+            count -= 1
+            row = {"split": split, "prompt": prompt, "chosen": both[0][1], "rejected": both[1][1]}
+            row |= {"chosen_errors": both[0][0], "rejected_errors": both[1][0]}
+            if split in ("validation", "test"):
+                row["answers"] = [shape.format(**world) for shape in SHAPES]
+            lines.append(json.dumps(row) + "\n")
+    return "".join(lines)
 
 
-def trl_pairs(folder, count):
-    """-> a file of count pairs of uneven lengths."""
-    lines = Path(write_pairs("pairs.jsonl")).read_text().splitlines(keepends=True)
-    assert len(lines) >= count
-    return put(folder / "pairs.jsonl", "".join(lines[:count]))
+def test_tiny_data_is_made_again_bit_for_bit():
+    assert (HERE / "tiny_data.jsonl").read_bytes() == tiny_data().encode()
 
 
-@pytest.mark.parametrize("algorithm, beta, gamma, tolerance", [("dpo", 0.1, 0.0, 1e-6), ("simpo", 2.5, 1.0, 5e-6)])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_trl_with_the_copied_loss_takes_the_steps_of_treg(
-        tmp_path, monkeypatch, algorithm, beta, gamma, tolerance, accumulate):
-    """24 pairs, two epochs in batches of 4 in the order of the file, the same weights and learning rates."""
-    script, data, out = trl_script(tmp_path), trl_pairs(tmp_path, 24), tmp_path / "treg"
-    import transformers
-    from trl.trainer import dpo_trainer
+def test_tiny_data_has_labels_and_answers_that_fit_its_texts():
+    splits = treg.load_splits(HERE / "tiny_data.jsonl")
+    for pair in splits["test"] + splits["validation"]:
+        wrong = [len(response.errors or []) for response in (pair.chosen, pair.rejected)]
+        right = [response.text in pair.answers for response in (pair.chosen, pair.rejected)]
+        assert wrong[0] < wrong[1] and right == [not count for count in wrong], pair.where
+    wrong = sum(bool(pair.chosen.errors) for pair in splits["train"])
+    assert 60 < wrong < 240, "the chosen response must not always be perfect"
+
+
+# ------------------------------------------------------------------------- data: what is understood
+# Guards the texts that are trained on: each format gives exactly its prompt and its responses.
+def message(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+U, A, S, TOOL = (functools.partial(message, r) for r in ("user", "assistant", "system", "tool"))
+ASKED = [U("Is it?")]
+LONGER = [U("Hi"), A("Hello"), *ASKED]
+TEXTS = {"chosen": "Yes.", "rejected": "No."}
+ROW = {"prompt": "Is it?", **TEXTS}
+CALL = [{"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}]
+CALLED = [*ASKED, A("", tool_calls=CALL), TOOL("It is.")]
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Is it?\n\nAssistant:"
+
+
+def talk(*before):
+    """The responses as message lists that begin with these messages."""
+    return {side: [*before, A(text)] for side, text in TEXTS.items()}
+
+
+def hh(before):
+    """The responses as text that begins with this text."""
+    return {side: before + text for side, text in TEXTS.items()}
+
+
+def jsonl(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def csv_of(*rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def parquet(*rows):
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def read(path, content):
+    """-> (prompt, chosen text, rejected text) of the pairs of a file with this content."""
+    path.write_bytes(content)
+    return [(pair.prompt, pair.chosen.text, pair.rejected.text) for pair in treg.load_pairs(path)]
+
+
+FORMATS = [  # a prompt, and rows that have it before the responses of TEXTS
+    ([U(" Is it?\n")], [{"prompt": " Is it?\n", **TEXTS}]),
+    ([U("Add.")], [{"instruction": "Add.", "input": "", **TEXTS}]),
+    ([U("Add.\n\n1")], [{"instruction": "Add.", "input": "1", **TEXTS}]),
+    (CALLED, [{"prompt": CALLED, **TEXTS}]),
+    (
+        ASKED,
+        [
+            {"prompt": ASKED, **talk()},
+            {"prompt": ASKED, "chosen": A("Yes."), "rejected": "No."},
+            {"prompt": [U([{"type": "text", "text": "Is it?"}])], **TEXTS},
+            {"prompt": "Is it?", "messages": [*ASKED, A("Yes.")], **talk(*ASKED)},  # UltraFeedback
+            {"prompt": ASKED, **talk(*ASKED)},
+            talk(S(""), *ASKED),
+            {"system": " ", "question": "Is it?", **TEXTS},
+            {**ROW, "question": "Is it?", "context": "it"},  # nothing that the prompt does not hold
+            {
+                **ROW,
+                "question": None,
+                "system": float("nan"),
+                "input": "",
+                "images": [],
+                "query": "",
+            },
+            {**ROW, "keywords": "a, b", "label": True},
+            hh("Human: Is it?\nAssistant: "),
+        ],
+    ),
+    (
+        LONGER,
+        [
+            {"prompt": LONGER, **TEXTS},
+            talk(*LONGER),
+            {"prompt": "Hi", **talk(*LONGER)},  # UltraFeedback, two turns
+            {"instruction": "Is it?", "history": [["Hi", "Hello"]], **TEXTS},
+            *(hh(text) for text in (HH, HH + " ", HH.lstrip(), HH.replace("\n", "\r\n") + " ")),
+            *({"prompt": text, **TEXTS} for text in (HH, HH + " ", HH.removesuffix("Assistant:"))),
+            {"prompt": HH, "chosen": " Yes.\n", "rejected": " No."},
+            {"prompt": HH, **hh(HH + " ")},
+        ],
+    ),
+    (
+        [S("s"), *ASKED],
+        [
+            {"prompt": [S("s"), *ASKED], **talk()},
+            {"prompt": [S("s"), *ASKED], **talk(*ASKED)},
+            {"prompt": [S("s")], **talk(*ASKED)},
+            {"system": "s", "question": "Is it?", **TEXTS},  # Orca
+            {"system": "s", **talk(S("s"), *ASKED)},
+            {"system": "s", **talk(*ASKED)},
+            {"system": "s", **hh("Human: Is it?\n\nAssistant:")},
+        ],
+    ),
+]
+CASES = [(row, prompt) for prompt, rows in FORMATS for row in rows]
+
+
+@pytest.mark.parametrize("row, prompt", CASES, ids=[str(row)[:70] for row, _ in CASES])
+def test_format_gives_exactly_its_texts(row, prompt, tmp_path):
+    assert read(tmp_path / "p.jsonl", jsonl(row)) == [(prompt, "Yes.", "No.")]
+
+
+def test_calls_thoughts_tools_spans_answers_and_places_come_along(tmp_path):
+    call, tools = A("", tool_calls=CALL, reasoning_content="Hm."), [{"name": "look"}]
+    first = {"prompt": ASKED, "chosen": [call], "rejected": "No.", "tools": json.dumps(tools)}
+    second = {**ROW, "chosen_errors": [[0, 1], [2, 4]], "answers": "Yes.", "tools": tools}
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\n" + jsonl(first, second))
+    first, second = treg.load_pairs(path)
+    assert first.chosen.message == call and first.tools == second.tools == tools
+    assert second.chosen.errors == [[0, 1], [2, 4]] and second.answers == ["Yes."]
+    assert [first.where, second.where] == [f"{path}:2", f"{path}:3"]
+
+
+# ----------------------------------------------------------------------------- data: kinds of files
+# Guards the way from bytes to rows: no kind of file changes a text or hides a row.
+GOOD = [
+    {"prompt": f"Is {n} “a”?", "chosen": f"{n}, \\ 🙂", "rejected": f'N\n"{n}"'} for n in range(4)
+]
+RIGHT = [([U(row["prompt"])], row["chosen"], row["rejected"]) for row in GOOD]
+TABLE = csv_of(*GOOD)
+FILES = [("p.jsonl", jsonl(*GOOD)), ("p.json", json.dumps(GOOD).encode()), ("p.csv", TABLE)]
+FILES += [("p.json", jsonl(*GOOD)), ("p.parquet", parquet(*GOOD))]
+
+
+@pytest.mark.parametrize("name, content", FILES, ids=["jsonl", "json", "csv", "lines", "parquet"])
+def test_gzip_byte_order_mark_crlf_and_blank_lines_change_nothing(name, content, tmp_path):
+    path = tmp_path / name
+    assert read(path, content) == RIGHT
+    if name != "p.parquet":
+        assert read(path, codecs.BOM_UTF8 + content) == RIGHT, "byte-order mark"
+        assert read(path, b"\n \r\n" + content + b"\n\n") == RIGHT, "blank lines"
+    if name.startswith("p.json"):  # within a csv cell it would be another text
+        assert read(path, content.replace(b"\n", b"\r\n")) == RIGHT, "CRLF"
+    assert read(tmp_path / f"{name}.gz", gzip.compress(content)) == RIGHT
+
+
+def test_csv_cell_stays_the_text_that_it_is(tmp_path):
+    path, right = tmp_path / "p.csv", [([U("null")], "NA", "007")]
+    assert read(path, b"prompt,chosen,rejected\r\nnull,NA,007\r\n") == right
+    assert read(path, b",prompt,chosen,rejected\n0,null,NA,007\n") == right, "pandas' index"
+    assert read(path, b"prompt,chosen,rejected,,\nnull,NA,007,,\n") == right
+
+
+LISTS = [
+    talk(*ASKED),
+    talk({"id": 1, **ASKED[0]}),
+    {"chosen": A("Yes."), "rejected": A("No.")},
+]
+
+
+@pytest.mark.parametrize("write", [str, json.dumps], ids=["Python", "JSON"])
+@pytest.mark.parametrize("row", LISTS, ids=str)
+def test_messages_that_csv_turned_into_text_are_refused_and_answers_as_json_are_read(
+    row, write, tmp_path
+):
+    texts = {name: write(value) for name, value in row.items()}
+    (tmp_path / "p.csv").write_bytes(csv_of({"prompt": "Is it?", **texts}))
+    with pytest.raises(treg.UserError, match="chosen is a list turned into text"):
+        treg.load_pairs(tmp_path / "p.csv")
+    (tmp_path / "p.csv").write_bytes(csv_of({**ROW, "answers": '["a", "b"]'}))
+    (pair,) = treg.load_pairs(tmp_path / "p.csv")
+    assert pair.answers == ["a", "b"]
+
+
+def test_parquet_is_read_as_it_is_now_and_by_its_own_name(tmp_path):
+    path = tmp_path / "p[1].parquet"
+    (tmp_path / "p1.parquet").write_bytes(parquet({**ROW, "prompt": "of another file"}))
+    for prompt in ("old", "new"):
+        rows = read(path, parquet({**ROW, "prompt": prompt}))
+        assert rows == [([U(prompt)], "Yes.", "No.")]
+
+
+def test_hub_data_set_keeps_its_splits(monkeypatch):
+    hub = {"train": [ROW], "test": [ROW] * 2}
+    monkeypatch.setattr(treg.datasets, "load_dataset", lambda _: hub)
+    splits = treg.load_splits("some/data")
+    assert {name: len(pairs) for name, pairs in splits.items()} == {"train": 1, "test": 2}
+    assert splits["test"][1].where == "some/data:test row 2"
+
+
+# -------------------------------------------------------------------- data: nothing lost in silence
+# Guards against rows that vanish: what is left out is counted, and all bad rows are found at once.
+def test_rows_that_are_left_out_are_counted(tmp_path, capsys):
+    bare = [{**ROW, "chosen": ""}, {**ROW, "rejected": " \n"}]
+    bare.append({"prompt": ASKED, "chosen": [A(" ")], "rejected": [A("No.")]})
+    splits = ["train", None, "", "Train", "dev", "dev"]
+    (tmp_path / "p.jsonl").write_bytes(
+        jsonl(*({**ROW, "split": split} for split in splits), *bare, {**ROW, "chosen": "No."})
+    )
+    pairs = treg.load_pairs(tmp_path / "p.jsonl")
+    said = capsys.readouterr().out
+    assert len(pairs) == 7
+    _, tokenizer = treg.make_tiny(pairs[:1], 0, steps=1)
+    capsys.readouterr()
+    assert len(treg.encode(tokenizer, pairs)) == 3
+    counted = capsys.readouterr().out
+    assert "3 pairs dropped: a blank response" in counted
+    assert "1 pairs dropped: chosen and rejected are the same" in counted
+    assert "1 rows of split Train" in said and "2 rows of split dev" in said
+
+
+def test_command_line_counts_the_rows_of_splits_that_it_does_not_use(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(treg, "load_model", lambda *_: treg.need(False, "far enough"))
+    splits = ["train"] * 9 + ["Train", "validation"]
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(jsonl(*({**ROW, "split": split} for split in splits)))
+    treg.main(["--model", "m", "--data", str(path), "--out", str(tmp_path / "o")])
+    said = capsys.readouterr().out
+    assert "1 rows of split Train" in said
+    assert "1 rows of split validation" in said
+
+
+def test_all_bad_rows_are_found_in_one_reading(tmp_path):
+    bad = [{**ROW, "chosen": n} for n in range(3)] + [TEXTS] * 3
+    with pytest.raises(treg.UserError) as error:
+        read(tmp_path / "p.jsonl", b"{\n" + jsonl(ROW, *bad))
+    assert re.findall(r"p\.jsonl:(\d+): ", str(error.value)) == list("13456")
+    assert "7 rows in all" in str(error.value)
+
+
+# --------------------------------------------------------------- data: mistakes that need no model
+# Guards the user's time: one line says where the mistake is, before a model is loaded.
+MISTAKES = [  # a file's name and content, more arguments, what the error says after the name
+    ("p.txt", b"x", "", r": unknown ending.*\.jsonl"),
+    ("p.jsonl", b"\n \r\n\t\n", "", ": holds no rows"),
+    ("p.jsonl", jsonl(ROW).decode().encode("utf-16"), "", ":[12]: .*not UTF-8"),
+    ("p.jsonl", jsonl(ROW) + b'{"prompt": "caf\xe9"}', "", ":2: .*not UTF-8"),
+    ("p.jsonl", jsonl(ROW, ROW)[:-9], "", ":2: not valid JSON"),
+    ("p.jsonl", b"[" * 100_000, "", ":1: not valid JSON"),
+    ("p.jsonl", b'{"chosen": "a", "chosen": "b"}', "", ":1: .*chosen stands twice"),
+    ("p.jsonl", b"[1]\n", "", ":1: a row is an object"),
+    ("p.jsonl", jsonl(ROW, talk(*ASKED)), "", ":2: has no prompt column"),
+    ("p.jsonl", jsonl(ROW), "--split=dev", " has no such split"),
+    ("p.jsonl", jsonl(ROW), "--holdout=1", ": --holdout 1 .*no pair to train"),
+    ("p.json", b"", "", ": not valid json"),
+    ("p.json", b'{"data": []}', "", ":1: chosen is missing.*found nothing"),
+    ("p.json", b'[{"a": 1},\n{"a" 2}\n]', "", ": not valid json.*line 2"),
+    ("p.json", b'[{"prompt": "a"}, 7]', "", ":row 1: .*:row 2: a row is an object"),
+    ("p.json", jsonl(ROW) + b'{"a" 2}', "", ":2: not valid JSON"),
+    ("p.csv", b"prompt,chosen,rejected\n", "", ": holds no rows"),
+    ("p.csv", b"prompt;chosen;rejected\na;b;c", "", ":row 1: .*found prompt;"),
+    ("p.csv", b"a,%s,c\nd,e,f" % (b"b " * 999), "", ":row 1: chosen is .{,200}$"),
+    ("p.csv", b'prompt,"a\nb"\nc,d', "", ":row 1: chosen is "),
+    ("p.csv", b"chosen,prompt,chosen\na,b,c", "", ": .*column chosen twice"),
+    ("p.csv", TABLE + b"p,yes, sir,no", "", ":row 5: more cells than columns"),
+    ("p.csv", TABLE + b"p,yes", "", ":row 5: rejected is missing"),
+    ("p.csv", TABLE + b'p,"yes,no\n', "", ":row 5: .*mend its quotes"),
+    ("p.csv", TABLE + b"p,caf\xe9,no", "", ":row 5: .*UTF-8"),
+    ("p.jsonl.gz", jsonl(ROW), "", ": not valid jsonl"),
+    ("p.csv.gz", gzip.compress(TABLE)[:-8] + b"1" * 8, "", ": not valid csv"),
+    ("p.parquet", parquet(ROW)[:-9], "", ": not valid parquet"),
+]
+SHARE = {side: {"from": "gpt", "value": text} for side, text in TEXTS.items()}
+NONE = dict.fromkeys(ROW)  # takes the columns out
+HISTORY = {"history": [["a", "b"]]}
+NUMPY = "[{'role': 'user', 'content': 'x'}\n {'role': 'assistant', 'content': 'y'}]"
+CHANGES = {  # how the error goes on after file and line: what is changed in ROW
+    "chosen is missing.*found prompt, rejected": [{"chosen": None}],
+    "chosen is missing.*found conversations": [{**NONE, "conversations": [SHARE["chosen"]]}],
+    "chosen is missing.*found prompt, (completion|responses)": [  # unpaired, as in KTO, and ranked
+        {**dict.fromkeys(TEXTS), "completion": "c"},
+        {**dict.fromkeys(TEXTS), "responses": ["c", "d"]},
+    ],
+    "chosen.*from": [{**SHARE, "conversations": []}],
+    "chosen must be text": [{"chosen": 4}, {"chosen": True}],
+    ".*no character": [{"chosen": "\ud800"}, {"chosen": A("a", reasoning_content="\ud800")}],
+    "chosen: .*role": [{"chosen": [{"content": "x"}]}, {"chosen": [message("bot", "x")]}],
+    "chosen: .*a message": [{"chosen": ["x"]}],
+    ".*content must": [{"chosen": A(3)}, {"chosen": A(0)}, {"prompt": [A(False), *ASKED]}],
+    "prompt: holds more than text": [{"prompt": [U([{"type": "image"}])]}],
+    "chosen: function_call": [{"chosen": A("x", function_call={"name": "f"})}],
+    "chosen must end": [{"chosen": ASKED}],
+    "chosen and rejected must be the same up to": [
+        {**NONE, "chosen": [*LONGER, A("x")], "rejected": [*ASKED, A("y")]},
+        {**NONE, "chosen": HH + " x", "rejected": HH.replace("Hello", "Hey") + " y"},
+    ],
+    "(chosen|a response).*(turn|blank)": [
+        {"prompt": HH, "chosen": " x\n\nHuman: And?\n\nAssistant: y"},
+        {**NONE, **hh("\n\nHuman:\n\nAssistant: ")},
+    ],
+    "chosen is a list turned into text": [
+        {"chosen": NUMPY},
+        {"chosen": '[{"role": "x", "content": ' + "[" * 100_000},
+    ],
+    "has no prompt.*found": [
+        *({**NONE, **TEXTS, name: "Is it?"} for name in ("query", "problem", "id")),
+        {**NONE, **TEXTS, "messages": ASKED},
+    ],
+    ".*prompt": [{"prompt": ""}, {"prompt": " "}, {"prompt": [S("s")]}],
+    "prompt must": [{"prompt": 0}, {**talk(*ASKED), "prompt": 4}, {"prompt": LONGER[:2]}],
+    "prompt ends like": [{"prompt": "### Response:\n"}, {"prompt": "USER: Hi ASSISTANT:"}],
+    "prompt and the messages before the last say": [
+        {**talk(*ASKED), "prompt": "Is"},
+        {**talk(*LONGER), "prompt": [U("Hm"), *LONGER[1:]]},
+        {**NONE, **talk(*ASKED), **HISTORY},
+    ],
+    "has two system messages": [{"prompt": [S("s"), *ASKED], "system": "t"}],
+    "prompt and question say different": [{"question": "Was it?"}],
+    ".*input": [
+        {"input": "1, 2"},
+        {**NONE, **TEXTS, "input": "Is it?", "system": "s"},
+        {**NONE, **talk(*ASKED), "input": "1"},
+        {**NONE, **TEXTS, "instruction": "Add.", "input": 5},
+    ],
+    "history": [{"history": LONGER[:2]}, {"history": 5}],
+    "system must be text": [{"system": 5}],
+    "the column (context|images|chat_template_kwargs|messages) would not be seen": [
+        {"context": "It is."},
+        {"images": ["a.png"]},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": [S("Be brief."), *ASKED]},
+    ],
+    "tools must": [{"tools": 5}, {"tools": ["f"]}, {"tools": [{"function": "f"}]}],
+    "answers must be a list of texts": [{"answers": [4]}],
+    "chosen_errors would shift": [{**NONE, **hh(HH), "chosen_errors": [[0, 1]]}],
+    "chosen_errors must be a list": [
+        {"chosen_errors": errors}
+        for errors in ([[2, 2]], [[0, 9]], [[-1, 2]], [[0, 1.0]], [[False, 1]], [[1]], [0], 5, "0")
+    ],
+}
+for says, changes in CHANGES.items():
+    rows = [json.dumps({**ROW, **change}).encode() for change in changes]
+    MISTAKES += [("p.jsonl", jsonl(ROW) + row, "", f":2: {says}") for row in rows]
+
+
+IDS = [f"{name}{says}" for name, _, _, says in MISTAKES]
+
+
+@pytest.mark.parametrize("name, content, more, says", MISTAKES, ids=IDS)
+def test_mistake_is_named_before_a_model_is_loaded(
+    name, content, more, says, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(treg, "load_model", lambda *_: pytest.fail("a model was loaded first"))
+    path = tmp_path / name
+    path.write_bytes(content)
+    argv = ["--model", "m", "--data", str(path), "--out", str(tmp_path / "o"), *more.split()]
+    assert treg.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.match(f"treg.py: error: (--split dev: )?{re.escape(str(path))}{says}", error), error
+    assert "\n" not in error, "more than one line"
+
+
+OFFLINE = ConnectionError("off\nline")
+PREFS = {"train_prefs": [ROW]}
+
+
+@pytest.mark.parametrize("hub, says", [(OFFLINE, "no such file.*off line"), (PREFS, "train_prefs")])
+def test_data_that_is_no_file_is_asked_of_the_hub(hub, says, monkeypatch):
+    def load(_):
+        if hub is OFFLINE:
+            raise hub
+        return hub
+
+    monkeypatch.setattr(treg.datasets, "load_dataset", load)
+    with pytest.raises(treg.UserError, match=f"--data some/data: .*{says}"):
+        treg.load_pairs("some/data")
+
+
+# ------------------------------------------------------------------------------ data: damaged files
+# Guards against what no table thinks of: a damaged file gives its own texts or a UserError.
+PIECES = [b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b"\0", b"\xff", b"\xc3"]
+PIECES += [codecs.BOM_UTF8, b"\\ud83d", b"null", b"NaN", b"0", b"\xed\xa0\x80", b""]
+
+
+def damaged(data, rng):
+    """The data with one to four of its places overwritten, taken out, doubled or added to."""
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        at, length = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 8, 40))
+        new = rng.choice((rng.randbytes(1), rng.choice(PIECES), data[at : at + length]))
+        data = data[:at] + new + data[at + rng.choice((0, length)) :]
+    return data
+
+
+def rows_in(name, data):
+    text = data.decode("utf-8-sig", "surrogateescape")
+    if name == "p.csv":
+        return list(csv.DictReader(io.StringIO(text.lstrip(), newline="")))
+    if name == "p.json" and text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip("\ufeff \t\r")]
+
+
+@pytest.mark.parametrize("name, content", FILES[:3], ids=["jsonl", "json", "csv"])
+def test_damaged_bytes_give_the_texts_in_the_file_or_a_user_error(name, content, tmp_path, capsys):
+    rng, path, refused = random.Random(name), tmp_path / name, 0
+    for _ in range(200):
+        data = damaged(content, rng)
+        try:
+            found = [pair[1:] for pair in read(path, data)]
+        except treg.UserError as error:
+            assert "\n" not in str(error), data
+            refused += 1
+        else:
+            held = [(row["chosen"], row["rejected"]) for row in rows_in(name, data)]
+            assert found == [both for both in held if all(map(str.strip, both))], data
+    assert 5 < refused < 195, f"a blunt test: {refused} of 200 refused"
+
+
+# ------------------------------------------------------------------- real tokenizers and templates
+# Guards the fixtures: structures of real tokenizers (of a few hundred tokens, learned here) and of
+# real chat templates. What a model's own template writes is what its answers must be trained on.
+
+ALL, ENDFOR = "{% for m in messages %}", "{% endfor %}"
+USERS = "{% if m['role'] == 'user' %}"
+ANSWER = "{% elif m['role'] == 'assistant' %}"
+HEAD, OPEN = "<|im_start|>{{ m['role'] }}\n", "{% if add_generation_prompt %}"
+ASK = OPEN + "<|im_start|>assistant\n{% endif %}"
+CHATML = ALL + HEAD + "{{ m['content'] }}<|im_end|>\n" + ENDFOR + ASK
+# the last answer's thoughts are kept, or an empty block is written; earlier ones are dropped
+QWEN3 = (
+    ALL + HEAD + "{% if m['role'] == 'assistant' %}{% set parts = m['content'].split('</think>') %}"
+    "{% set thoughts = m['reasoning_content'] or parts[:-1] | join | replace('<think>', '') %}"
+    "{% if loop.last %}<think>\n{{ thoughts | trim }}\n</think>\n\n{% endif %}"
+    "{{ parts[-1].lstrip('\n') }}{% for call in m['tool_calls'] %}{{ '\n' if m['content'] }}"
+    "<tool_call>{{ '\n' }}{{ call['function'] | tojson }}\n</tool_call>" + ENDFOR
+    + "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n" + ENDFOR + ASK
+)  # fmt: skip
+TEMPLATES = {
+    "SmolLM2": CHATML,
+    "Qwen3": QWEN3,
+    "Qwen3-Thinking-2507": QWEN3.replace(ASK, ASK.replace("assistant\n", "assistant\n<think>\n")),
+    "gpt-oss": ALL + USERS.replace("user", "assistant") + "{% if m['thinking'] %}<|start|>assistant"
+    "<|channel|>analysis<|message|>{{ m['thinking'] }}<|end|>{% endif %}"
+    "{% if m['tool_calls'] %}{% set f = m['tool_calls'][0]['function'] %}<|start|>assistant to="
+    "functions.{{ f['name'] }}<|channel|>commentary json<|message|>{{ f['arguments'] | tojson }}"
+    "<|call|>{% else %}<|start|>assistant<|channel|>final<|message|>{{ m['content'] }}"
+    "{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}{% else %}<|start|>{{ m['role'] }}"
+    "<|message|>{{ m['content'] }}<|end|>{% endif %}"
+    + ENDFOR + OPEN + "<|start|>assistant{% endif %}",
+    "DeepSeek-R1-Distill": "<s>" + ALL + USERS + "<｜User｜>{{ m['content'] }}" + ANSWER
+    + "{{ '<｜Assistant｜>' + m['content'].split('</think>')[-1] + eos_token }}{% else %}"
+    "{{ m['content'] }}{% endif %}" + ENDFOR + OPEN + "<｜Assistant｜><think>\n{% endif %}",
+    "Llama 2": "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + "
+    "messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+    + ALL + USERS + "<s>[INST] {{ (system if loop.first and system) ~ m['content'] }} [/INST]"
+    + ANSWER + " {{ m['content'].strip() }} </s>{% endif %}" + ENDFOR,
+    "Llama 3": "<s>" + ALL + "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>" + ENDFOR + OPEN + "<|start_header_id|>assistant"
+    "<|end_header_id|>\n\n{% endif %}",
+    "Gemma": "<s>{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}" + ALL + "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<start_of_turn>"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}"
+    "<end_of_turn>\n" + ENDFOR + OPEN + "<start_of_turn>model\n{% endif %}",
+    "Phi-3, first": "<s>" + ALL + USERS + "<|user|>\n{{ m['content'] }}<|end|>\n<|assistant|>\n"
+    + ANSWER + "{{ m['content'] }}<|end|>\n{% endif %}" + ENDFOR,
+    "SmolVLM": "<|im_start|>" + ALL + "{{ m['role'] | capitalize }}: {% for p in m['content'] %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}" + ENDFOR + "<|end|>\n" + ENDFOR + OPEN
+    + "Assistant:{% endif %}",
+    "Zephyr": ALL + "<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n" + ENDFOR + OPEN
+    + "<|assistant|>\n{% endif %}",
+}  # fmt: skip
+SPECIAL = (
+    "<unk> <s> </s> <|im_start|> <|im_end|> <|start|> <|channel|> <|message|> <|end|> <|call|>"
+)
+SPECIAL += " <|return|> <｜User｜> <｜Assistant｜> <|start_header_id|> <|end_header_id|> <|eot_id|>"
+SPECIAL = [*SPECIAL.split(), "<start_of_turn>", "<end_of_turn>"]
+TEXT = ["Name a bird. A crow. A bat is a bird. The user asks: 1, 22, 333. Give an answer! ünïcode"]
+TEXT += ["Be kind.\n\nassistant\nthe cat sat", "<think>\nCrows fly.\n</think>\n\nA crow."]
+
+
+@functools.cache
+def trained(kind):
+    """A tokenizer of the kind, as `tokenizers` has it."""
+    options = {"special_tokens": SPECIAL, "show_progress": False}
+    if kind.startswith("byte-level"):  # GPT-2, SmolLM2, Qwen, Llama 3
+        raw = Tokenizer(models.BPE())
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=400, **options)
+    elif kind.startswith("SentencePiece"):  # Llama 2, Mistral, TinyLlama, Phi-3; without it: Gemma
+        raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        spaces = [normalizers.Replace(" ", "▁")]
+        prefix = "with" in kind
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + spaces)
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        raw.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+        options["special_tokens"] = SPECIAL + [f"<0x{i:02X}>" for i in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=450, **options)
+        words = [f"▁{word}" for text in TEXT for word in text.split()]  # no piece holds a newline
+        raw.train_from_iterator(words * 3, trainer)
+        return raw
+    elif kind.startswith("Unigram"):  # XGLM, T5
+        raw = Tokenizer(models.Unigram())
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        options["initial_alphabet"] = sorted({*"".join(TEXT), "☃", "\t"})
+        trainer = trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", **options)
+    else:  # BERT's, as Chinese GPT-2 models have it
+        raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        raw.normalizer = normalizers.BertNormalizer(lowercase=True)
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=300, **options)
+    raw.train_from_iterator(TEXT * 3, trainer)
+    return raw
+
+
+KINDS = ["byte-level BPE", "SentencePiece BPE with a prefix space", "SentencePiece BPE, no prefix"]
+KINDS += ["Unigram", "WordPiece"]
+
+
+def tokenizer_of(template=CHATML, kind=KINDS[0], eos="</s>", adds_bos=False):
+    raw = Tokenizer.from_str(trained(kind).to_str())
+    if adds_bos:
+        raw.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": eos, "unk_token": "<unk>", "pad_token": eos}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **names)
+    made.chat_template = TEMPLATES.get(template, template)
+    return made
+
+
+USER = {"role": "user", "content": "Name a bird."}
+SYSTEM = {"role": "system", "content": "Be kind."}
+TALK = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
+THOUGHTS = "<think>\nCrows fly.\n</think>\n\nA crow."
+TOOL_CALL = [{"type": "function", "function": {"name": "look", "arguments": {"bird": "crow"}}}]
+
+
+def pair_of(chosen="A crow.", prompt=(USER,), rejected="A bat is a bird.", tools=None, **fields):
+    chosen = {"role": "assistant", "content": chosen, **fields}
+    rejected = treg.Response({"role": "assistant", "content": rejected})
+    return treg.Pair([*prompt], treg.Response(chosen), rejected, "x:1", tools)
+
+
+def encoded(tokenizer, *args, style=None, errors=None, **fields):
+    pair = pair_of(*args, **fields)
+    pair.chosen.errors = errors
+    return treg.encode(tokenizer, [pair], style)[0].chosen
+
+
+def scored(template, *args, **fields):
+    """-> the texts of the prompt and of what is scored, for the chosen response of such a pair."""
+    tokenizer = tokenizer_of(template)
+    response = encoded(tokenizer, *args, **fields)
+    return tuple(tokenizer.decode(ids) for ids in (response.prompt_ids, response.ids))
+
+
+# ---------------------------------------------------------- 1 the model's own template decides
+# Guards the boundary between prompt and response: all that the template writes before the words is
+# prompt, what the model itself would write is response. Template: (after the user's words, what is
+# scored of a plain answer; the same of an answer with thoughts of its own, where it differs).
+IM, R1 = "<|im_end|>\n<|im_start|>assistant\n", "<｜Assistant｜>"
+EMPTY, FINAL = "<think>\n\n</think>\n\n", "<|end|><|start|>assistant<|channel|>final<|message|>"
+TURNS = {
+    "SmolLM2": (IM, "A crow.<|im_end|>"),
+    "Qwen3": (IM + EMPTY, "A crow.<|im_end|>", IM, THOUGHTS + "<|im_end|>"),
+    "Qwen3-Thinking-2507": (
+        IM + EMPTY, "A crow.<|im_end|>", IM + "<think>\n", THOUGHTS[8:] + "<|im_end|>"),
+    "gpt-oss": (FINAL, "A crow.<|return|>"),
+    "DeepSeek-R1-Distill": (R1, "A crow.</s>", R1 + "<think>\n", THOUGHTS[8:] + "</s>"),
+    "Llama 2": (" [/INST]", " A crow. </s>"),  # a space belongs to the word that the model writes
+    "Llama 3": ("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "A crow.<|eot_id|>"),
+    "Gemma": ("<end_of_turn>\n<start_of_turn>model\n", "A crow.<end_of_turn>"),
+    "Phi-3, first": ("<|end|>\n<|assistant|>\n", "A crow.<|end|>"),
+    "SmolVLM": ("<|end|>\nAssistant:", " A crow.<|end|>"),
+    "Zephyr": ("</s>\n<|assistant|>\n", "A crow.</s>"),
+    None: ("\n\nAssistant:\n", "A crow.</s>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", TURNS)
+def test_prompt_is_what_the_template_writes_before_the_words(template):
+    after, words, after_thoughts, thoughts = (TURNS[template] * 2)[:4]
+    prompt, response = scored(template)
+    assert (prompt.partition("Name a bird.")[2], response) == (after, words), "a plain answer"
+    if len(TURNS[template]) == 2:
+        thoughts = words.replace("A crow.", THOUGHTS)
+    prompt, response = scored(template, THOUGHTS)
+    assert (prompt.partition("Name a bird.")[2], response) == (after_thoughts, thoughts), "thoughts"
+
+
+ALWAYS_OPEN = CHATML.replace("{{ m['c", "{{ '<think>\n' if m['role'] == 'assistant' }}{{ m['c")
+ALWAYS_EMPTY = ALWAYS_OPEN.replace("<think>\n", EMPTY)
+ALWAYS_OPEN = ALWAYS_OPEN.replace(ASK, ASK.replace("assistant\n", "assistant\n<think>\n"))
+
+
+@pytest.mark.parametrize("text", [THOUGHTS, "\n" + THOUGHTS, "<think>Crows fly.</think>A crow."])
+@pytest.mark.parametrize("template", [*TEMPLATES, ALWAYS_OPEN, ALWAYS_EMPTY])
+def test_own_thoughts_get_no_second_block(template, text):
+    whole = "".join(scored(template, text))
+    assert (whole.count("<think>"), whole.count("</think>")) == (1, 1), whole
+
+
+TOOL_CALLED = '<tool_call>\n{"name": "look", "arguments": {"bird": "crow"}}\n</tool_call><|im_end|>'
+COMMENTARY = ' to=functions.look<|channel|>commentary json<|message|>{"bird": "crow"}<|call|>'
+ANALYSIS = "<|channel|>analysis<|message|>Crows fly." + FINAL
+FIELDS = {  # template, fields of the message, what is scored
+    "Qwen3 reasoning": ("Qwen3", {"reasoning_content": "Crows fly."}, THOUGHTS + "<|im_end|>"),
+    "gpt-oss thinking": ("gpt-oss", {"thinking": "Crows fly."}, ANALYSIS + "A crow.<|return|>"),
+    "Qwen3 call": ("Qwen3", {"chosen": "", "tool_calls": TOOL_CALL}, TOOL_CALLED),
+    "Qwen3 words and call": ("Qwen3", {"tool_calls": TOOL_CALL}, "A crow.\n" + TOOL_CALLED),
+    "gpt-oss call": ("gpt-oss", {"chosen": "", "tool_calls": TOOL_CALL}, COMMENTARY),
+}
+
+
+@pytest.mark.parametrize("template, fields, wanted", FIELDS.values(), ids=FIELDS)
+def test_thoughts_and_calls_are_written_by_the_template(template, fields, wanted):
+    assert scored(template, **fields)[1] == wanted
+
+
+# ------------------------------------------------------------------ 2 nothing of a row is lost
+# Guards against templates that leave texts out in silence: merged into the user's, or refused.
+
+
+@pytest.mark.parametrize("template", TURNS)
+def test_system_message_is_seen_whatever_the_template(template):
+    text = scored(template, prompt=[SYSTEM, *TALK, USER])[0]
+    merged = {"Gemma": "<s><start_of_turn>user\n", "Phi-3, first": "<s><|user|>\n"}
+    begins = merged.get(template, text.partition("Be kind.")[0])
+    assert text.startswith(f"{begins}Be kind.") and text.count("Be kind.") == 1
+    assert all(text.count(m["content"]) == 1 for m in [*TALK, USER])
+    assert template not in merged or text.startswith(f"{begins}Be kind.\n\nHi!")
+
+
+ONLY_NAME = "{% for c in m['tool_calls'] %}{{ c['function']['name'] }}{% endfor %}"
+ONLY_NAME = CHATML.replace("}}<|im_end|>", "}}" + ONLY_NAME + "<|im_end|>")
+CUT = CHATML.replace("m['content']", "m['content'][:9]")  # of a list of parts it writes it all
+SWALLOW = CHATML.replace("{{ m['c", "{{ '' if m['role'] == 'assistant' else m['c")
+BIRD = [{"type": "function", "function": {"name": "bird"}}]
+SEVEN = [{"function": {"name": "look", "arguments": {"n": 7}}}]
+SNOW, EARLIER = {"role": "user", "content": "Draw ☃."}, {**TALK[1], "content": THOUGHTS}
+LOSES = {  # template, the row, what the refusal names
+    "thoughts": ("SmolLM2", {"reasoning_content": "Crows fly."}, "reasoning_content"),
+    "calls": ("SmolLM2", {"tool_calls": TOOL_CALL}, "tool_calls"),
+    "tools": ("SmolLM2", {"tools": TOOL_CALL}, "tool look"),
+    "earlier thoughts": ("Qwen3", {"prompt": [USER, EARLIER, USER]}, "content of the assistant"),
+    "the response": (SWALLOW, {}, "response|assistant"),
+    "a second system message": ("Phi-3, first", {"prompt": [SYSTEM, SYSTEM, USER]}, "system"),
+    "a role order": ("Gemma", {"prompt": [USER, USER]}, "must alternate"),
+    "a call's arguments": (ONLY_NAME, {"tool_calls": TOOL_CALL}, "tool_calls"),
+    "a call's numbers": (ONLY_NAME, {"tool_calls": SEVEN}, "tool_calls"),
+    "a function call": ("SmolLM2", {"function_call": {"name": "look"}}, "function_call"),
+    "a tool named as a word": ("SmolLM2", {"tools": BIRD}, "tool"),
+    "a text's end": (CUT, {}, "content of the user"),
+    "the response, not a snowman": (SWALLOW, {"prompt": [SNOW]}, "response|assistant"),
+}
+
+
+@pytest.mark.parametrize("template, row, says", LOSES.values(), ids=LOSES)
+def test_row_is_refused_where_the_template_would_lose(template, row, says):
+    with pytest.raises(treg.UserError, match=f"^x:1: .*{says}"):
+        scored(template, **row)
+
+
+@pytest.mark.parametrize("system", ["a bird", "crow"])  # words of the user's, of the response
+def test_lost_system_message_is_noticed_though_its_words_stand_elsewhere(system):
+    prompt = scored("Phi-3, first", prompt=[{**SYSTEM, "content": system}, USER])[0]
+    assert prompt.startswith(f"<s><|user|>\n{system}\n\nName a bird.")
+
+
+def test_system_message_is_never_merged_into_the_assistants():
+    text = scored("Phi-3, first", prompt=[SYSTEM, TALK[1], USER])[0]
+    assert "Be kind.\n\nName a bird." in text
+
+
+@pytest.mark.parametrize("function", ["look", {"name": None}, {"name": 3}, {}])
+def test_malformed_tools_are_the_users_error(function, tmp_path):
+    row = {"prompt": "Hi", "chosen": "A.", "rejected": "B."}
+    row["tools"] = [{"type": "function", "function": function}]
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    with pytest.raises(treg.UserError, match="p.jsonl:1: tools"):
+        treg.encode(tokenizer_of(), treg.load_pairs(tmp_path / "p.jsonl"))
+
+
+# ------------------------------------------------------------------------- 3 nothing is added
+# Guards the one end token, the one BOS, and texts that have been through a template already.
+ENDS = "</s> <|im_end|> <|eot_id|> <|end|> <|return|> <end_of_turn> <eos> <｜end▁of▁sentence｜>"
+ENDS += " <turn|> [|endofturn|]"
+
+
+@pytest.mark.parametrize("template", ["SmolLM2", "Llama 2", "Gemma", None])
+@pytest.mark.parametrize("end", ENDS.split())
+def test_response_gets_exactly_one_end_token(template, end, capsys):
+    for after in ("", "\n", "\n\n" + end):
+        assert scored(template, "A crow." + end + after)[1] == TURNS[template][1], end
+    assert capsys.readouterr().out.count("end token, which was taken off") == 3
+
+
+WRAPPED = ["<|im_start|>user\nHi<|im_end|>", "<s>[INST] Hi [/INST]", "<|user|>\nHi", "<｜User｜>Hi"]
+WRAPPED += ["<start_of_turn>user\nHi<end_of_turn>", "<|turn>user\nHi<turn|>"]
+
+
+@pytest.mark.parametrize("text", WRAPPED)
+def test_texts_that_have_been_through_a_template_are_dropped(text, capsys):
+    rows = [pair_of(prompt=[{**USER, "content": text}]), pair_of(chosen=text + "A crow.")]
+    assert not treg.encode(tokenizer_of("Qwen3"), rows)
+    assert "2 pairs dropped: holds" in capsys.readouterr().out
+
+
+def test_no_second_end_token_in_thoughts_and_no_end_token_alone():
+    rows = [pair_of(reasoning_content="Crows fly.<|im_end|>"), pair_of("<|im_end|>")]
+    assert not treg.encode(tokenizer_of("Qwen3"), rows)
+
+
+def test_end_token_is_the_templates_though_not_marked_special():
+    tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", "<turn>"))
+    tokenizer.add_tokens(["<turn>"])
+    assert encoded(tokenizer).ids[-1] == tokenizer.convert_tokens_to_ids("<turn>")
+
+
+@pytest.mark.parametrize("template", [None, "Llama 3"])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_bos_is_written_once(template, adds_bos):
+    response = encoded(tokenizer_of(template, adds_bos=adds_bos), style="answer")
+    wanted = 1 if template or adds_bos else 0
+    for ids in (response.prompt_ids, response.better_ids, response.worse_ids):
+        assert ids.tolist().count(1) == wanted and (ids[0] == 1) == bool(wanted)
+    assert 1 not in response.ids
+
+
+# ------------------------------------------------------------------------ 4 tokens as in context
+# Guards the ids: those of the prompt and those of the response are the ids of the conversation.
+ANSWERS = ["A crow.", "1, 22 birds!", "ünï ☃", "A\n\n  crow.\n", " A crow.", "```py\n\tx = 1\n```"]
+TALKS = [[USER], [*TALK, USER], [{"role": "user", "content": "a  b:\n"}]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_prompt_and_response_are_the_ids_of_the_whole_conversation(template, kind):
+    tokenizer = tokenizer_of(template, kind)
+    for talk, answer in itertools.product(TALKS, ANSWERS):
+        messages = [*talk, {"role": "assistant", "content": answer}]
+        if template == "SmolVLM":
+            parts = [[{"type": "text", "text": m["content"]}] for m in messages]
+            messages = [{**m, "content": c} for m, c in zip(messages, parts, strict=True)]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        response = encoded(tokenizer, answer, talk)
+        found = [*response.prompt_ids.tolist(), *response.ids.tolist()]
+        assert found == whole[: len(found)], (answer, tokenizer.convert_ids_to_tokens(found))
+        rest = tokenizer.decode(whole[len(found) :])
+        assert not rest.strip(), f"the turn goes on with {rest!r} after what is scored"
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_merge_across_the_boundary_changes_one_token(kind):
+    bare = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer = tokenizer_of(bare, kind)
+    response = encoded(tokenizer, "ame a bird.", [{"role": "user", "content": "A crow.\nN"}])
+    found = [*response.prompt_ids.tolist(), *response.ids.tolist()[:-1]]
+    whole = tokenizer("A crow.\nName a bird.", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(found) == "A crow.\nName a bird."
+    assert whole != found and whole[-3:] == found[-3:] and whole[:3] == found[:3]
+
+
+LABELS = {  # template, text, its bad words, fields
+    "plain": ("SmolLM2", "A crow.", " crow", {}),
+    "trimmed": ("Llama 3", "  A crow. ", " crow", {}),
+    "after a space": ("Llama 2", "A crow.", " crow", {}),
+    "after reasoning": ("Qwen3", "A crow.", " crow", {"reasoning_content": "Crows fly."}),
+    "own thoughts": ("DeepSeek-R1-Distill", THOUGHTS, " crow", {}),
+    "after the same": ("Qwen3", "A crow.", " crow", {"reasoning_content": "A crow."}),
+}
+
+
+@pytest.mark.parametrize("template, text, bad, fields", LABELS.values(), ids=LABELS)
+def test_labels_are_on_the_tokens_of_their_words(template, text, bad, fields):
+    tokenizer = tokenizer_of(template)
+    span = [text.rindex(bad), text.rindex(bad) + len(bad)]
+    response = encoded(tokenizer, text, errors=[span], **fields)
+    wrong = [i for i, good in enumerate(response.good.tolist()) if not good]
+    assert tokenizer.decode(response.ids[wrong]) == bad
+    after = tokenizer.decode(response.ids[wrong[-1] + 1 :])
+    assert after in (".<|im_end|>", ".<|eot_id|>", ". </s>", ".</s>"), "an earlier crow"
+
+
+@pytest.mark.parametrize("template", ["Qwen3", "Gemma", "Llama 2", "SmolVLM"])
+def test_contrastive_prompts_are_written_like_the_prompt(template):
+    tokenizer = tokenizer_of(template)
+    response = encoded(tokenizer, THOUGHTS, [SYSTEM, USER], style="revise")
+    texts = treg.contrastive_prompts("Name a bird.", THOUGHTS, "revise")
+    prompt = tokenizer.decode(response.prompt_ids)
+    for ids, text in zip((response.better_ids, response.worse_ids), texts, strict=True):
+        assert tokenizer.decode(ids) == prompt.replace("Name a bird.", text)
+
+
+def test_a_long_run_of_spaces_takes_no_quadratic_time():
+    start = time.process_time()
+    treg.encode(tokenizer_of(), [pair_of("A" + " " * 20000 + "crow.")])
+    assert time.process_time() - start < 2
+
+
+# ------------------------------------------------------------------------------------- 7 models
+# Guards which models are taken, and that nothing in their folders stops a run or bends a sample.
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
+SIZES |= {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+
+
+def model_of(kind, tokenizer=None, **changes):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": len(tokenizer) if tokenizer else 60, **changes}
+    known = transformers.AutoConfig.for_model(kind, **sizes)
+    return transformers.AutoModelForCausalLM.from_config(known).eval()
+
+
+LABELLED = {"chosen": "A crow.", "rejected": "A bat.", "rejected_errors": [[2, 5]]}
+
+
+def run_on(folder, model, tokenizer, capsys, row=LABELLED):
+    """The command line on four such pairs -> (exit status, what it said)."""
+    model.save_pretrained(folder / "m")
+    tokenizer.save_pretrained(folder / "m")
+    rows = [{"prompt": [{**USER, "content": f"Name {i}."}], **row} for i in range(4)]
+    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--model", str(folder / "m"), "--data", str(folder / "p.jsonl")]
+    code = treg.main([*files, "--holdout", "1", "--alpha", "0", "--out", str(folder / "o")])
+    return code, "".join(capsys.readouterr())
+
+
+def test_encoders_are_refused_and_named(tmp_path, capsys):
+    tokenizer = tokenizer_of()
+    for name, says, sizes in (
+        ("BertForMaskedLM", "sees later tokens", SIZES),
+        ("T5ForConditionalGeneration", "is an encoder-decoder", {"d_model": 32, "num_layers": 1}),
+    ):
+        kind = getattr(transformers, name)
+        sizes = {**sizes, "vocab_size": len(tokenizer), "decoder_start_token_id": 0}
+        model = kind(kind.config_class(**sizes))
+        code, said = run_on(tmp_path, model, tokenizer, capsys)
+        assert code == 2 and says in said and "Traceback" not in said
+
+
+def test_tokenizers_without_offsets_train_without_credit_figures(tmp_path, capsys):
+    marks = sorted({*"Name. A crow. A bat. User: Assistant: 0123456789"} - {" "})
+    vocab = ["<unk>"] + [mark + end for mark in marks for end in ("@@", "")] + ["\n"]
+    (tmp_path / "v.json").write_text(json.dumps({mark: i for i, mark in enumerate(vocab)}))
+    (tmp_path / "m.txt").write_text("#version\n")
+    files = (str(tmp_path / "v.json"), str(tmp_path / "m.txt"))
+    tokenizer = transformers.CTRLTokenizer(*files, unk_token="<unk>", eos_token="<unk>")
+    model = model_of("ctrl", tokenizer, n_embd=32, dff=48, n_layer=1, n_head=2, n_positions=512)
+    code, said = run_on(tmp_path, model, tokenizer, capsys)
+    assert code == 0 and "gives no offsets, so there are no credit figures" in said
+    assert json.loads((tmp_path / "o/summary.json").read_text())["after"]["credit_auroc"] is None
+
+
+ODD = {"min_p": 0.9, "typical_p": 0.2, "top_k": 1, "repetition_penalty": 3.0, "stop_strings": ["a"]}
+ODD |= {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2}
+ODD |= {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0, "early_stopping": True}
+ODD |= {"min_length": 30, "suppress_tokens": [5], "temperature": 0.1, "top_p": 0.1}
+
+
+def test_no_generation_config_stops_a_run_or_bends_a_sample(tmp_path, capsys):
+    tokenizer = tokenizer_of(eos="</s>")
+    model = model_of("llama", tokenizer)
+    pairs = treg.encode(tokenizer, [pair_of()] * 8)
+    wanted = treg.sample(model, tokenizer, pairs, seed=1)
+    for name, value in ODD.items():
+        setattr(model.generation_config, name, value)
+        assert treg.sample(model, tokenizer, pairs, seed=1) == wanted, name
+    model = model_of("llama", tokenizer)
+    model.save_pretrained(tmp_path / "m")
+    # a base model: its eos is not what its template ends a turn with
+    (tmp_path / "m/generation_config.json").write_text(json.dumps({**ODD, "eos_token_id": 2}))
+    model.save_pretrained = lambda folder: None
+    code, said = run_on(tmp_path, model, tokenizer, capsys)
+    assert code == 0, said
+    saved = json.loads((tmp_path / "o/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_saved_model_stops_at_every_end_token_it_learned(tmp_path, capsys):
+    tokenizer = tokenizer_of("gpt-oss")
+    call = [{"role": "assistant", "content": "", "tool_calls": TOOL_CALL}]
+    row = {"chosen": call, "rejected": [TALK[1]]}
+    code, _ = run_on(tmp_path, model_of("llama", tokenizer), tokenizer, capsys, row=row)
+    saved = json.loads((tmp_path / "o/generation_config.json").read_text())["eos_token_id"]
+    assert code == 0 and {*saved} == {
+        2,
+        *tokenizer.convert_tokens_to_ids(["<|call|>", "<|return|>"]),
+    }
+
+
+# ----------------------------------------------------------------------------------- 9 sharing
+# Guards that beginnings are shared only where that is exact, and are shared where it is.
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512, "n_inner": 48}
+MOE = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4}
+MOE |= {"moe_intermediate_size": 16}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+LOCAL = {"attention_types": [[["global", "local"], 1]]}
+LONG = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+LONG = {"rope_scaling": LONG, "original_max_position_embeddings": 64}
+SHARES = {
+    "llama": {}, "gpt2": GPT, "gptj": {**GPT, "rotary_dim": 8}, "gpt_neox_japanese": {},
+    "codegen": {**GPT, "num_attention_heads": 4, "rotary_dim": 8}, "gemma2": {"head_dim": 16},
+    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 2},
+    "mixtral": MOE, "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 16},
+    "mistral": {"sliding_window": 200}, "qwen2": {"use_sliding_window": False},
+}  # fmt: skip
+if transformers.__version__ < "5":
+    del SHARES["xglm"]  # it takes no such mask there
+ALONE = {
+    "mistral": {"sliding_window": 20}, "gemma2": {"head_dim": 16, "sliding_window": 20},
+    "llama": {"rope_scaling": DYNAMIC}, "phi3": LONG, "qwen3_next": MOE, "bamba": MAMBA,
+    "lfm2": {"layer_types": ["conv", "full_attention"]}, "recurrent_gemma": {"lru_width": 32},
+    "jamba": {**MOE, "use_mamba_kernels": False}, "bloom": {"n_layer": 2, "n_head": 2},
+    "gpt_neo": {"num_layers": 2, "num_heads": 2, "window_size": 20, **LOCAL},
+}  # fmt: skip
+
+
+def rows_of(length=24):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(3, 60, (n,), generator=generator).tolist()  # noqa: E731
+    x, better, worse, chosen, rejected = draw(length), draw(4), draw(6), draw(9), draw(12)
+    prompts = [x, x, x + better, x + better, x + worse, x + worse]
+    return prompts, [chosen, rejected] * 3
+
+
+def row_by_row(model, prompts, responses):
+    """The oracle: one row at a time, by log-softmax."""
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            logps = model(ids, use_cache=False).logits[0].log_softmax(-1)
+        yield logps[range(len(prompt) - 1, len(prompt + response) - 1), response]
+
+
+SHARING = [(kind, True) for kind in SHARES] + [(kind, False) for kind in ALONE]
+
+
+@pytest.mark.parametrize("kind, shares", SHARING)
+def test_beginnings_are_shared_where_and_only_where_that_is_exact(kind, shares):
+    model, rows = model_of(kind, **(SHARES if shares else ALONE)[kind]), rows_of()
+    model.shares_prompts = treg.sharing_is_exact(model, *rows)
+    assert model.shares_prompts == shares, f"{kind}: {'does not share' if shares else 'shares'}"
+    with torch.no_grad():
+        logps, mask = treg.response_logps(model, *rows)
+    for row, real, wanted in zip(logps, mask, row_by_row(model, *rows), strict=True):
+        assert torch.allclose(row[real], wanted, atol=1e-4, rtol=0), kind
+
+
+def test_a_window_that_rows_do_not_reach_is_no_window():
+    model = model_of("mistral", sliding_window=40)
+    assert treg.full_attention(model, 40) and not treg.full_attention(model, 41)
+
+
+def test_a_later_annotation_of_longer_rows_is_judged_anew(capsys):
+    tokenizer = tokenizer_of()
+    model = model_of("mistral", tokenizer, sliding_window=60)
+    short, long = [pair_of()], [pair_of("A crow. " * 30)]
+    for pairs, shares in ((short, True), (long, False), (short, False)):
+        treg.annotate(model, tokenizer, pairs, alpha=0.0)
+        assert model.shares_prompts == shares
+    assert "computed alone" in capsys.readouterr().out
+    # the contrastive prompts are longer than the prompt, and count
+    model = model_of("mistral", tokenizer, sliding_window=60)
+    treg.annotate(model, tokenizer, short, alpha=1.0)
+    assert not model.shares_prompts
+
+
+def test_encoded_pairs_without_contrastive_prompts_are_not_annotated_with_zeros():
+    tokenizer = tokenizer_of()
+    pairs = treg.encode(tokenizer, [pair_of()])
+    with pytest.raises((treg.UserError, ValueError)):
+        treg.annotate(model_of("llama", tokenizer), tokenizer, pairs, alpha=1.0)
+
+
+# -------------------------------------------------------------------------------------- log-probs
+# Guards section 4: column t is log π of response token t, whatever else is in the batch, in the
+# tree or in the architecture. The oracle asks the model for one token at a time.
+
+END_ID = "<|end|>"
+KINDS = {
+    "gpt2": {},
+    "llama": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8},  # capped scores, half the layers windowed
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64, "dropout": 0.0, "init_std": 0.2},
+    "openai-gpt": {},
+    "bloom": {},
+}
+
+
+@functools.cache
+def bytes_tokenizer():
+    """A token for each byte, and the end."""
+    alphabet = [END_ID, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+    made.add_special_tokens({"eos_token": END_ID, "pad_token": END_ID})
+    return made
+
+
+def small_model(kind="gpt2", **changes):
+    """Random weights, large enough to tell right from wrong."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 64, "max_position_embeddings": 512, "initializer_range": 0.2}
+    shape |= {"vocab_size": 257, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(kind, **{**shape, **KINDS[kind], **changes})
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def rows_of_ids(count=3):
+    """-> prompts twice, then two responses a prompt; they begin alike, and lengths are uneven."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 257, rng.integers(3, 12)).tolist() for _ in range(count)]
+    chosen = [[*rng.integers(1, 257, rng.integers(1, 9)).tolist(), 0] for _ in prompts]
+    rejected = [[*y[:2], *rng.integers(1, 257, rng.integers(1, 9)).tolist(), 0] for y in chosen]
+    return prompts * 2, chosen + rejected
+
+
+def one_token_at_a_time(model, prompt, response):
+    passes = (
+        model(torch.tensor([prompt + response[:t]])).logits[0, -1] for t in range(len(response))
+    )
+    tokens = zip(passes, response, strict=True)
+    return torch.stack([logits.double().log_softmax(-1)[token] for logits, token in tokens])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "mixtral"])
+def test_response_logps_are_those_of_one_token_at_a_time(kind):
+    """Values, and gradients of a weighting of them, of separate rows and of a shared tree."""
+    model = small_model(kind)
+    prompts, responses = rows_of_ids()
+    wanted = [one_token_at_a_time(model, *row) for row in zip(prompts, responses, strict=True)]
+    weights = [torch.linspace(-1, 1, len(row)).double() for row in wanted]
+
+    def gradient(rows):
+        model.zero_grad()
+        sum((a[: len(b)] * b).sum() for a, b in zip(rows, weights, strict=True)).backward()
+        return torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+
+    by_hand = gradient(wanted)
+    for shared in (False, True):
+        model.shares_prompts = shared
+        logps, mask = treg.response_logps(model, prompts, responses)
+        assert (logps.dtype, mask.dtype) == (torch.float32, torch.bool)
+        for row, real, expected in zip(logps, mask, wanted, strict=True):
+            assert real.tolist() == [t < len(expected) for t in range(mask.shape[1])], "the mask"
+            close(row[real].double(), expected.detach(), f"shared {shared}: log π", 2e-5)
+            assert not row[~real].any(), "padding holds zeros"
+        assert (gradient(logps) - by_hand).norm() < 1e-4 * by_hand.norm(), f"shared {shared}"
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
+def test_rows_that_are_equal_or_begin_another_keep_their_own_values(shared):
+    model = small_model()
+    model.shares_prompts = shared
+    prompts = [[5, 6], [5, 6], [5], [5, 6], [5, 6], [5, 6, 7], [9]]
+    responses = [[7, 8, 0], [7, 8], [6, 7, 8], [7, 8, 0], [7, 9], [8], [7]]
+    logps, mask = treg.response_logps(model, prompts, responses)
+    for i, row in enumerate(zip(prompts, responses, strict=True)):
+        wanted = one_token_at_a_time(model, *row).detach()
+        close(logps[i][mask[i]].double(), wanted, f"row {i}, by itself", 1e-5)
+
+
+class Bigram(torch.nn.Module):
+    """A model of three tokens, 0 the end, that looks at the last token alone: P(next | last)."""
+
+    def __init__(self):
+        super().__init__()
+        table = [[0.2, 0.3, 0.5], [0.25, 0.25, 0.5], [0.6, 0.3, 0.1]]
+        self.table = torch.nn.Parameter(torch.tensor(table).log())
+
+    def forward(self, input_ids, logits_to_keep=0, **_):
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return types.SimpleNamespace(logits=self.table[input_ids][:, keep])
+
+
+def test_response_logps_by_hand():
+    """Response 2 1 0 after 1: P(2|1), P(1|2), P(0|1) = .5, .3, .25. Response 0 after 2 1: .25.
+
+    ∂ log P(next|last) / ∂ logits of last = 1 for next, less P(·|last). After 1 come 2, 0 and 0:
+    (2, 0, 1) − 3 (.25, .25, .5). After 2 comes 1: (0, 1, 0) − (.6, .3, .1).
+    """
+    model = Bigram()
+    logps, mask = treg.response_logps(model, [[1], [2, 1]], [[2, 1, 0], [0]])
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]], "the mask covers the response and its end token"
+    expected = double([0.5, 0.3, 0.25, 0.25]).log()[0]
+    hint = "column t is log π of response token t: is it shifted by one, or of the prompt?"
+    close(logps[mask.bool()].double(), expected, hint, 1e-6)
+    logps[mask.bool()].sum().backward()
+    gradient = [[0.0] * 3, [1.25, -0.75, -0.5], [-0.6, 0.7, -0.1]]
+    close(model.table.grad.double(), gradient, "1 for the token, less its probability", 1e-6)
+
+
+def test_log_softmax_is_float32_where_logits_are_bfloat16():
+    """A model in bfloat16, then one in float32 under autocast, as --dtype bf16 has it."""
+    model = small_model().bfloat16()
+    logps, _ = treg.response_logps(model, [[5, 6, 7]], [[8, 9, 0]])
+    logits = model(torch.tensor([[5, 6, 7, 8, 9, 0]])).logits[0, 2:5].float()
+    wanted = logits.log_softmax(-1)[[0, 1, 2], [8, 9, 0]]
+    close(logps[0].double(), wanted.detach().double(), "log-softmax in float32", 1e-5)
+    pair = (
+        treg.annotate(small_model(), bytes_tokenizer(), text_pairs(1), dtype=kind, alpha=0)[0]
+        for kind in ("bf16", "fp32")
+    )
+    rough, exact = (each.chosen.ref_logps for each in pair)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, rough.bfloat16().float())
+    assert 0 < (rough - exact).abs().max() < 1, "products are rounded"
+
+
+def test_a_shared_prompt_is_computed_once_and_the_head_only_where_a_token_is_predicted():
+    model, nodes, logits = small_model(), [], []
+    model.transformer.h[0].register_forward_hook(
+        lambda _, args, out: nodes.append(args[0].shape[1])
+    )
+    model.lm_head.register_forward_hook(lambda _, args, out: logits.append(out.shape[1]))
+    for model.shares_prompts in (False, True):
+        treg.response_logps(model, [[5, 6, 7]] * 2, [[8, 9, 0], [8, 4, 0]])
+    assert nodes == [5, 5, 6], "5 6 7, 8, 9 and 4; the end is not read"
+    assert logits == [3, 3, 6]
+
+
+# --------------------------------------------------------------------------------------- training
+# Guards sections 5 and 6: what annotate writes, which pairs are in a step, and that a step is
+# exactly the one of the paper: mean gradient, clipped, AdamW, at the rate of this step.
+
+
+def text_pairs(count=7):
+    """Pairs of texts of uneven lengths."""
+    pairs = []
+    for i in range(count):
+        prompt = [{"role": "user", "content": "Say " * (1 + i % 3) + str(i)}]
+        texts = (f"It is {i}." * (1 + i % 2), f"No {7 * i}!")
+        sides = [treg.Response({"role": "assistant", "content": text}) for text in texts]
+        pairs.append(treg.Pair(prompt, *sides, where=f"pair {i}"))
+    return pairs
+
+
+def annotated(model, count=7, **changes):
+    """Annotated pairs. Their references are moved: else margins, and so many mistakes, are 0."""
+    pairs = treg.annotate(model, bytes_tokenizer(), text_pairs(count), **changes)
+    generator = torch.Generator().manual_seed(1)
+    for response in treg.sides(pairs):
+        noise = torch.rand(len(response.ids), generator=generator)
+        response.ref_logps = response.ref_logps - noise
+        response.token_rewards = torch.rand(len(response.ids), generator=generator) - 0.5
+    return pairs
+
+
+def loss_by_hand(model, pair, s):
+    """-> (L, z, w, Σ r̂ r) of a pair, from log-probs of its own rows, in the model's precision."""
+    rewards, agreement = [], 0
+    for response in (pair.chosen, pair.rejected):
+        prompt, ids = response.prompt_ids.tolist(), response.ids.tolist()
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        logps = logits.log_softmax(-1)[range(len(ids)), ids]
+        if s.algorithm == "dpo":
+            reward = s.beta * (logps - response.ref_logps)
+        else:
+            reward = s.beta / len(ids) * logps
+        rewards.append(reward.sum())
+        agreement = agreement + (response.token_rewards * reward).sum()
+    z = rewards[0] - rewards[1] - s.gamma
+    w = torch.sigmoid(-z).detach() if s.weighting == "sequence" else torch.tensor(0.5)
+    return -torch.nn.functional.logsigmoid(z) - s.alpha * w * agreement, z, w, agreement
+
+
+@pytest.mark.parametrize("weighting", ["sequence", "static"])
+@pytest.mark.parametrize("algorithm", ["dpo", "simpo"])
+def test_losses_pair_each_response_with_its_own_mask_reference_and_reward(algorithm, weighting):
+    model = small_model()
+    pairs = annotated(model)
+    s = treg.resolve(None, model, algorithm=algorithm, alpha=0.5, beta=0.7, weighting=weighting)
+    loss, metrics, credit = treg.losses(model, pairs, s)
+    for i, pair in enumerate(pairs):
+        with torch.no_grad():
+            wanted = [value.item() for value in loss_by_hand(model, pair, s)]
+        names = ("loss", "margin", "weight", "agreement")
+        assert [metrics[name][i].item() for name in names] == pytest.approx(wanted, abs=1e-4)
+        assert loss[i].item() == metrics["loss"][i].item()
+        assert metrics["accuracy"][i] == (wanted[1] + s.gamma > 0)
+        for side, row, name in (
+            ("chosen", i, "chosen_logps"),
+            ("rejected", i + 7, "rejected_logps"),
+        ):
+            response = getattr(pair, side)
+            learned = credit[row][: len(response.ids)] + response.ref_logps
+            assert metrics[name][i].item() == pytest.approx(learned.sum().item(), abs=1e-4)
+    if weighting == "static":
+        assert (metrics["weight"] == 0.5).all(), "the weight that is used is the one that is told"
+
+
+# β, rate, pass_tokens: gradients near AdamW's ε; never clipped, so that scale tells; often clipped
+STEPS = {"tiny": (1e-7, 1e-2, 64), "small": (0.02, 1e-2, 10**6), "large": (0.2, 1e-3, 1)}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_an_optimiser_step_by_hand(case):
+    """Seven pairs in batches of 4 and 3, ten steps, a warm-up of one, against float64.
+
+    g: mean gradient of the batch's pairs, times min(1, 1 / ‖g‖).
+    m = .9 m + .1 g,  v = .999 v + .001 g²,  step k from 1: m / (1 − .9ᵏ), v / (1 − .999ᵏ)
+    weights −= rate · m̂ / (√v̂ + 1e-8); rate / peak: 1, then ½ + ½ cos(π j / 9) for j = 0 … 8.
+    """
+    beta, lr, pass_tokens = STEPS[case]
+    model = small_model("llama", num_hidden_layers=1)
+    pairs = annotated(model)
+    s = treg.resolve(None, model, alpha=0.5, beta=beta, lr=lr, epochs=5, batch_size=4)
+    exact = copy.deepcopy(model).double()
+    batches, step = [], treg.take_step
+
+    def spy(model, optimizer, batch, *args, **kwargs):
+        batches.append(batch)
+        return step(model, optimizer, batch, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(treg, "take_step", spy)
+        history = treg.train(model, pairs, s, pass_tokens=pass_tokens)
+    assert [len(batch) for batch in batches] == [4, 3] * 5
+    for epoch in range(5):
+        seen = {pair.where for batch in batches[2 * epoch : 2 * epoch + 2] for pair in batch}
+        assert len(seen) == 7, "every pair once an epoch"
+    assert len({batches[2 * epoch][0].where for epoch in range(5)}) > 1, "each epoch its own order"
+
+    weights = [*exact.parameters()]
+    m = [torch.zeros_like(w) for w in weights]
+    v = [torch.zeros_like(w) for w in weights]
+    norms = []
+    for k, (batch, row) in enumerate(zip(batches, history, strict=True), 1):
+        loss = sum(loss_by_hand(exact, pair, s)[0] for pair in batch) / len(batch)
+        gradients = torch.autograd.grad(loss, weights)
+        norms.append(math.sqrt(sum(g.pow(2).sum().item() for g in gradients)))
+        share = 1.0 if k == 1 else 0.5 + 0.5 * math.cos(math.pi * (k - 2) / 9)
+        with torch.no_grad():
+            for i, g in enumerate(gradients):
+                g = g * min(1.0, 1 / norms[-1])
+                m[i] = 0.9 * m[i] + 0.1 * g
+                v[i] = 0.999 * v[i] + 0.001 * g * g
+                scale = (v[i] / (1 - 0.999**k)).sqrt() + 1e-8
+                weights[i] -= lr * share * m[i] / (1 - 0.9**k) / scale
+        told = [row[name] for name in ("step", "loss", "grad_norm", "lr")]
+        assert told == pytest.approx([k, loss.item(), norms[-1], lr * share], rel=2e-3), case
+    wanted = {"tiny": max(norms) < 1e-5, "small": max(norms) < 1, "large": norms[2] > 1}
+    assert wanted[case], f"the case is not what it should be: gradient norms {norms}"
+    for wanted, found in zip(weights, model.parameters(), strict=True):
+        assert (found - wanted).abs().max() < 1e-3 * lr, f"{case}: another weight after ten steps"
+
+
+def test_schedule_warms_up_then_falls_to_zero():
+    """20 steps: 2 of warm-up at ½ and 1, then ½ + ½ cos(π k / 18)."""
+    shares = [treg.schedule(step, 20) for step in range(20)]
+    assert shares[:3] == [0.5, 1.0, 1.0] and shares[11] == pytest.approx(0.5)
+    assert shares[19] == pytest.approx(0.5 - 0.5 * math.cos(math.pi / 18))
+    assert treg.schedule(0, 1) == 1.0
+
+
+def test_annotate_writes_the_reference_and_the_token_rewards_of_the_contrastive_prompts():
+    """Of the model itself or of a reward model; the same whatever shares a forward pass."""
+    model, other = small_model(), small_model("llama")
+    names = ("ids", "prompt_ids", "ref_logps", "token_rewards")
+    for reward_model, pass_tokens in ((None, 1), (None, 4096), (other, 4096)):
+        style = {"prompts": "revise", "pass_tokens": pass_tokens}
+        texts = text_pairs(3)
+        pairs = treg.annotate(model, bytes_tokenizer(), texts, reward_model=reward_model, **style)
+        assert texts[0].chosen.ids is None, "the caller's pairs are left as they are"
+        for pair, text in itertools.product(pairs, ("chosen", "rejected")):
+            response = getattr(pair, text)
+            ids, x, better, worse = (
+                getattr(response, name).tolist()
+                for name in ("ids", "prompt_ids", "better_ids", "worse_ids")
+            )
+            with torch.no_grad():
+                wanted = one_token_at_a_time(model, x, ids)
+                both = [one_token_at_a_time(reward_model or model, p, ids) for p in (better, worse)]
+            close(response.ref_logps.double(), wanted, "log π_ref", 1e-4)
+            hat = torch.sigmoid(both[0] - both[1]) - 0.5
+            close(response.token_rewards.double(), hat, "r̂ of this response", 1e-4)
+            assert response.text in bytes_tokenizer().decode(worse), "revise shows its own response"
+            assert all(len(getattr(response, n)) == len(ids) for n in names if n != "prompt_ids")
+    plain = treg.annotate(model, bytes_tokenizer(), text_pairs(3), alpha=0)
+    assert not any(r.token_rewards.any() for r in treg.sides(plain)), "alpha 0 needs none"
+
+
+def test_pair_accuracy_by_hand():
+    """Mean r̂ higher, lower, a tie: ½. Wilson: ± z √(¼ / 3 + z² / 36) / (1 + z² / 3), z = 1.96."""
+    pairs = text_pairs(3)
+    rewards = (([0.4], [0.1, 0.3]), ([0.0], [0.2]), ([0.1], [0.1]))
+    for pair, both in zip(pairs, rewards, strict=True):
+        pair.chosen.token_rewards, pair.rejected.token_rewards = map(torch.tensor, both)
+    half = 1.95996 * math.sqrt(0.25 / 3 + 3.84146 / 36) / (1 + 3.84146 / 3)
+    assert treg.pair_accuracy(pairs) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
+
+
+def test_variants_and_controls_write_their_token_rewards_and_leave_the_pairs_as_they_were():
+    pairs = annotated(small_model())
+    kept = copy.deepcopy(pairs)
+    kinds = ("contrastive", "sft", "swapped", "shuffled")
+    found = {kind: treg.sides(treg.change_rewards(pairs, kind, 0)) for kind in kinds}
+    for i, (response, before) in enumerate(zip(treg.sides(pairs), treg.sides(kept), strict=True)):
+        hat = response.token_rewards
+        assert torch.equal(hat, before.token_rewards), "the caller's pairs"
+        assert torch.equal(found["contrastive"][i].token_rewards, hat)
+        assert found["sft"][i].token_rewards.tolist() == [1.0 if i < 7 else 0.0] * len(hat)
+        assert torch.equal(found["swapped"][i].token_rewards, -hat)
+        shuffled = found["shuffled"][i].token_rewards
+        assert torch.equal(shuffled.sort().values, hat.sort().values), "within the response"
+        assert not torch.equal(shuffled, hat)
+    again = treg.sides(treg.change_rewards(pairs[:2], "shuffled", 0))
+    other = treg.sides(treg.change_rewards(pairs[:2], "shuffled", 1))
+    assert torch.equal(again[0].token_rewards, found["shuffled"][0].token_rewards), "by the seed"
+    assert not torch.equal(other[0].token_rewards, again[0].token_rewards), "another seed, another"
+
+
+@pytest.mark.parametrize(
+    "at", [3, 4], ids=["a loss of NaN", "weights that diverge in the last step"]
+)
+def test_divergence_names_the_pairs_and_keeps_the_last_good_checkpoint(at, tmp_path, monkeypatch):
+    model = small_model()
+    pairs, batches, step = annotated(model, 8), [], treg.take_step
+
+    def diverging(model, optimizer, batch, s, lr):
+        batches.append(batch)
+        if at == 3 and len(batches) == 3:
+            batch[0].chosen.ref_logps = batch[0].chosen.ref_logps * math.nan
+        row = step(model, optimizer, batch, s, lr)
+        if at == 4 and len(batches) == 4:
+            next(model.parameters()).data[0, 0] = math.inf
+        return row
+
+    monkeypatch.setattr(treg, "take_step", diverging)
+    with pytest.raises(treg.UserError, match=rf"step {at}:.*checkpoint\.pt.* step 2") as found:
+        treg.train(model, pairs, out=tmp_path, batch_size=2, save_every=2, lr=1e-3)
+    if at == 3:
+        assert all(pair.where in str(found.value) for pair in batches[-1])
+    state = treg.read(tmp_path / "checkpoint.pt")
+    assert len(state["history"]) == 2 and all(w.isfinite().all() for w in state["model"].values())
+
+
+# ------------------------------------------------------------------------------------- evaluation
+# Guards section 8: every figure that is shown, against a world whose right values a pencil gives.
+
+VOCABULARY = ["<end>", "<unk>", "User:", "Assistant:", "a", "b", "c", "d"]
+TRAINED = [1 / 16, 1 / 96, 1 / 96, 1 / 96, 1 / 2, 1 / 4, 1 / 8, 1 / 32]
+
+
+def pencil_world():
+    """-> (model, tokenizer, annotated pairs): a GPT-2 whose next token does not look back.
+
+    The reference gives every word ⅛. Then the model has learned TRAINED: the credit of a, b, c, d
+    and the end is 2, 1, 0, −2 and −1, in units of ln 2.
+    """
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = {"eos_token": "<end>", "pad_token": "<end>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **ends)
+    model = small_model(
+        hidden_size=8, num_attention_heads=1, vocab_size=8, tie_word_embeddings=False
+    )
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(torch.eye(8)[0])  # the last state, whatever was read
+        model.lm_head.weight.zero_()
+    rows = (("a b", "c d", None), ("b a", "a b", None), ("d a c c", "a b d", [[0, 1], [4, 5]]))
+    pairs = []
+    for chosen, rejected, errors in rows:
+        prompt = [{"role": "user", "content": "a"}]
+        first = treg.Response({"role": "assistant", "content": chosen}, errors)
+        second = treg.Response({"role": "assistant", "content": rejected}, errors and [[0, 1]])
+        pairs.append(treg.Pair(prompt, first, second, answers=["a", "b a"]))
+    pairs = treg.annotate(model, tokenizer, pairs)
+    model.lm_head.weight.data[:, 0] = torch.tensor(TRAINED).log()
+    return model, tokenizer, pairs
+
+
+def test_metrics_of_evaluate_by_hand(monkeypatch):
+    """In units of ln 2, β = 1.
+
+    R = 2 + 1 − 1 = 2 against 0 − 2 − 1 = −3: z = 5, right. The same R: z = 0, a tie.
+    R = −2 + 2 + 0 + 0 − 1 = −1 against 2 + 1 − 2 − 1 = 0: z = −1, wrong. Accuracy ½, mean z 4/3.
+    Chosen d a c c, d and the first c are errors: good 2, 0 against bad −2, 0: 3½ of 4. Rejected
+    a b d, a is the error: 1, −2 against 2: 0 of 2. The end is in neither. Mean 7/16.
+    r̂ is .2 for a, .3 for the end, else −.1: good a, c against bad d, c: 3 of 4; 0 of 2. Mean 3/8.
+    """
+    model, tokenizer, pairs = pencil_world()
+    for response in treg.sides(pairs):
+        response.token_rewards = torch.tensor([0.3, 0, 0, 0, 0.2, -0.1, -0.1, -0.1])[response.ids]
+    texts = ["a", "b", "b a ", "a b", "c", "c", "c", "c", "a", "a", "b", "b"]
+    monkeypatch.setattr(treg, "sample", lambda *args, **kwargs: texts)
+    found, shown = treg.evaluate(model, tokenizer, pairs, beta=1.0)
+    wanted = {"accuracy": 0.5, "margin": 4 / 3 * math.log(2), "score": (2 + 0 + 2) / 12}
+    wanted |= {"credit_auroc": 7 / 16, "token_reward_auroc": 3 / 8}
+    assert found == pytest.approx(wanted, abs=1e-6)
+    assert [pair.correct for pair in shown] == [1.0, 0.5, 0.0]
+    assert [pair.score for pair in shown] == [0.5, 0.0, 0.5] and shown[0].samples == texts[:4]
+    credit = torch.tensor([-2.0, 2, 0, 0, -1]) * math.log(2)
+    assert torch.allclose(shown[2].chosen.credit, credit, atol=1e-6)
+    assert pairs[0].chosen.credit is None and pairs[0].score is None, "the caller's pairs"
+
+    judged, _ = treg.evaluate(model, tokenizer, pairs, judge=lambda pair, text: len(text) / 4)
+    assert judged["score"] == pytest.approx(np.mean([len(text) for text in texts]) / 4)
+    for pair in pairs:
+        pair.answers = None
+        pair.chosen.good = pair.rejected.good = None
+    bare, _ = treg.evaluate(model, tokenizer, pairs)
+    assert bare["score"] is bare["credit_auroc"] is bare["token_reward_auroc"] is None
+    assert treg.evaluate(model, tokenizer, []) == ({}, [])
+
+
+def test_accuracy_of_simpo_leaves_gamma_out():
+    """log π / |y| in units of ln 2, β = 1: −7/3 against −12/3; a tie; −16/5 against −12/4.
+
+    z + γ = 5/3, 0 and −1/5; less γ = 3 no z is above 0, but the accuracy is ½.
+    """
+    model, tokenizer, pairs = pencil_world()
+    s = treg.resolve(None, model, algorithm="simpo", beta=1.0, gamma=3 * math.log(2))
+    metrics, pairs = treg.evaluate(model, tokenizer, pairs, s, judge=lambda pair, text: 0.0)
+    assert [pair.correct for pair in pairs] == [1.0, 0.5, 0.0] and metrics["accuracy"] == 0.5
+    assert metrics["margin"] / math.log(2) == pytest.approx((5 / 3 + 0 - 1 / 5) / 3 - 3, abs=1e-5)
+    credit = torch.tensor([2.0, 1, -1]) * math.log(2)
+    assert torch.allclose(pairs[0].chosen.credit, credit, atol=1e-6), "log π − log π_ref, also here"
+
+
+def test_credit_auroc_by_hand():
+    """Good 3, 1, 2 against bad 1, 2: 3 beats both, 1 ties one, 2 beats one and ties one: 4 of 6."""
+    assert treg.credit_auroc([3, 1, 1, 2, 2], [1, 1, 0, 0, 1]) == pytest.approx(4 / 6)
+    assert treg.credit_auroc([1, 2], [True, False]) == 0
+    assert treg.credit_auroc([2, 1], [True, False]) == 1
+    assert math.isnan(treg.credit_auroc([1, 2], [True, True]))
+    assert math.isnan(treg.credit_auroc([], []))
+
+
+def test_samples_follow_the_models_own_distribution():
+    """Up to the end token, without it; of 3,000 the first word has its share ± 4 standard errors.
+
+    The number of words is k with (15/16)^k / 16, cut at two words and eight more: mean 6.6.
+    """
+    model, tokenizer, pairs = pencil_world()
+    model.generation_config.update(min_p=0.9, top_k=1, temperature=0.1, max_new_tokens=2)
+    own = model.generation_config
+    texts = treg.sample(model, tokenizer, pairs[:1] * 3000, 0)
+    assert model.generation_config is own, "its own settings come back"
+    rows = [text.split() for text in texts]
+    firsts = [row[0] if row else "<end>" for row in rows]
+    for word, share in zip(VOCABULARY, TRAINED, strict=True):
+        error = 4 * math.sqrt(share * (1 - share) / 3000)
+        assert firsts.count(word) / 3000 == pytest.approx(share, abs=error), word
+    assert not any("<end>" in row for row in rows)
+    assert max(map(len, rows)) == 3 + 8, "as many as the longest chosen response, and eight"
+    mean = sum((15 / 16) ** k for k in range(1, 12))
+    assert np.mean([len(row) for row in rows]) == pytest.approx(mean, abs=0.3)
+    assert texts[:128] == treg.sample(model, tokenizer, pairs[:1] * 128, 0), "the same seed"
+    assert texts[:128] != treg.sample(model, tokenizer, pairs[:1] * 128, 1), "another seed"
+
+
+def test_samples_do_not_depend_on_the_padding_of_their_prompts():
+    """A model that is all but certain says the same by itself and beside a longer prompt."""
+    model = small_model()
+    model.lm_head.weight.data *= 50
+    pairs = treg.encode(bytes_tokenizer(), text_pairs(4))
+    together = treg.sample(model, bytes_tokenizer(), pairs, 0, more=0)
+    most = max(len(pair.chosen.ids) for pair in pairs)
+    for pair, text in zip(pairs, together, strict=True):
+        more = most - len(pair.chosen.ids)
+        assert treg.sample(model, bytes_tokenizer(), [pair], 0, more=more) == [text]
+
+
+# spread of seeds, of prompts, of what is left
+@pytest.mark.parametrize("seeds", [5, 8])
+@pytest.mark.parametrize("spreads", [(1, 1, 1), (0.02, 1, 0.1)], ids=["seeds", "prompts"])
+def test_interval_covers_the_truth_in_95_of_100(seeds, spreads):
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(2000):
+        shapes = ((seeds, 1), (1, 60), (seeds, 60))
+        parts = [spread * rng.normal(size=of) for spread, of in zip(spreads, shapes, strict=True)]
+        mean, low, high = treg.interval(0.3 + sum(parts))
+        covered += low <= 0.3 <= high
+        assert low <= mean <= high
+    assert 0.93 < covered / 2000 < 0.98
+
+
+def test_interval_by_hand():
+    """Seeds alone differ, 1 to 5: 3 ± t(4) √(2.5 / 5). Prompts alone, 0 or 1: ½ ± t(29) s / √30."""
+    mean, low, high = treg.interval(np.arange(1, 6)[:, None] * np.ones((1, 7)))
+    assert (mean, high - mean) == pytest.approx((3, 2.776 * math.sqrt(0.5)), abs=0.02)
+    mean, low, high = treg.interval(np.ones((4, 1)) * (np.arange(30) % 2))
+    assert (mean, mean - low) == pytest.approx((0.5, 2.045 * math.sqrt(30 / 4 / 29 / 30)), abs=1e-3)
+    assert treg.interval(np.full((3, 4), 0.25)) == (0.25, 0.25, 0.25)
+    assert math.isnan(treg.interval(np.ones((1, 5)))[1])
+
+
+def test_table_by_hand():
+    """Scores .5, .7, .6, .6 over four seeds: mean .6, standard error √(.02 / 3) / √4 = .041.
+
+    By seed the two prompts differ from DPO by (1, 0), (−1, 0), (1, 1), (0, 0): .25, ahead in two.
+    From SimPO by (1, 0) each: .5, and no spread over seeds.
+    """
+
+    def results(name, algorithm, alpha, scores, each):
+        for seed, (score, right) in enumerate(zip(scores, each, strict=True)):
+            about = {"variant": name, "seed": seed, "algorithm": algorithm, "alpha": alpha}
+            measured = {"score": score, "accuracy": 9.0, "credit_auroc": 0.75, "each": right}
+            yield about | measured | {"token_reward_auroc": None}
+
+    low = [[0, 1], [1, 1], [0, 0], [0, 0]]
+    high = [[1, 1], [0, 1], [1, 1], [0, 0]]
+    rows = [*results("DPO", "dpo", 0.0, [0.5, 0.7, 0.6, 0.6], low)]
+    rows += results("DPO-REG", "dpo", 0.25, [0.75] * 4, high)
+    rows += results("plain SimPO", "simpo", 0.0, [0.5] * 4, [[0, 1]] * 4)
+    rows += results("SimPO-REG", "simpo", 0.25, [0.5] * 4, [[1, 1]] * 4)
+    head, *lines = treg.table(rows).splitlines()
+    assert head.split() == ["score", "credit", "minus", "base", "(95", "%)", "ahead"]
+    assert lines[0].split() == ["DPO", "0.600±0.041", "0.750±0.000"]
+    assert lines[1].split()[:4] == ["DPO-REG", "0.750±0.000", "0.750±0.000", "+0.250"]
+    assert lines[1].endswith("  2 of 4") and lines[2].split()[:2] == ["plain", "SimPO"]
+    assert "+0.500 (" in lines[3] and lines[3].endswith("  4 of 4")
+    shuffled = [rows[i] for i in (4, 6, 5, 7, 3, 1, 0, 2)]
+    assert {*treg.table(shuffled).splitlines()} == {*treg.table(rows[:8]).splitlines()}
+    assert "±" not in treg.table(rows[:1]), "one seed has no standard error"
+
+
+# ---------------------------------------------------------------------------------------- the run
+# Guards section 11: a run that dies anywhere goes on to the same end, files are whole, nothing in
+# a file is executed, and a mistake is one line.
+
+TEMPORARY = tempfile.TemporaryDirectory()
+ESCAPE = "\x1b]0;owned\x07 \u202e"
+
+
+@functools.cache
+def model_folder(kind="gpt2", dtype=torch.float32, **changes):
+    folder = tempfile.mkdtemp(dir=TEMPORARY.name)
+    small_model(kind, num_hidden_layers=1, **changes).to(dtype).save_pretrained(folder)
+    bytes_tokenizer().save_pretrained(folder)
+    return Path(folder)
+
+
+@functools.cache
+def data_file(count=25, **fields):
+    rows = []
+    for pair in text_pairs(count):
+        row = {"prompt": pair.prompt[0]["content"], "chosen": pair.chosen.text}
+        rows.append(row | {"rejected": pair.rejected.text, "rejected_errors": [[0, 2]], **fields})
+    path = Path(tempfile.mkdtemp(dir=TEMPORARY.name), "pairs.jsonl")
+    path.write_text(treg.as_lines(rows))
+    return path
+
+
+def words(out, *more, model=None, data=None):
+    """The command line of a run of 21 pairs and 12 steps; the last of an epoch has one pair."""
+    line = ["--model", model or model_folder(), "--data", data or data_file()]
+    line += ["--out", out] if out else []
+    line += ["--holdout", 4, "--batch-size", 4, "--epochs", 2, "--lr", 1e-3, "--save-every", 2]
+    return [*line, *more]
+
+
+def command(*argv):
+    """-> (exit status, all that is printed)."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = treg.main([str(word) for word in argv])
+    return status, said.getvalue()
+
+
+def done(*argv):
+    status, said = command(*argv)
+    assert status == 0, said
+    return said
+
+
+def refusal(*argv):
+    """The command must end in status 2 and say why in one line, the last. -> that line"""
+    status, said = command(*argv)
+    *_, line = said.splitlines() or [""]
+    assert status == 2 and line.startswith("treg.py: error: "), f"{status}: {said}"
+    assert said.count("treg.py: error") == 1 and len(line) < 600, said
+    return line.removeprefix("treg.py: error: ")
+
+
+def history(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def end_of(out):
+    """What two runs that are the same have in common, to the last bit."""
+    weights = load_file(out / "model.safetensors")
+    after = json.loads((out / "summary.json").read_text())["after"]
+    names = {path.name for path in out.iterdir()}
+    return history(out), {name: w.tolist() for name, w in weights.items()}, after, names
+
+
+@functools.cache
+def straight():
+    """The folder of a run that nothing interrupts."""
+    out = Path(TEMPORARY.name, "straight")
+    done(*words(out))
+    return out
+
+
+def killed(owner, name, at, when, *argv):
+    """Run in a process that ends without a word before, after or half through call number `at`."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork")
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            original, calls = getattr(owner, name), itertools.count(1)
+
+            def dying(*args, **kwargs):
+                now = next(calls) == at
+                if now and when == "half":  # torch.save(state, file)
+                    args[1].write(b"PK half of it")
+                    args[1].flush()
+                result = None if now and when != "after" else original(*args, **kwargs)
+                return os._exit(9) if now else result
+
+            setattr(owner, name, dying)
+            command(*argv)
+        os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WEXITSTATUS(status) == 9, f"{name} was not called {at} times"
+
+
+@functools.cache
+def killed_before_step_4():
+    out = Path(TEMPORARY.name, "killed")
+    killed(treg, "take_step", 4, "before", *words(out))
+    return out
+
+
+def goes_on(out):
+    done("--resume", out)
+    assert end_of(out) == end_of(straight())
+
+
+# where it dies, and how many steps are saved then; None: data and model are still needed
+KILLS = {
+    "annotating": (treg, "token_rewards", 2, "before", None),
+    "the first checkpoint is half written": (torch, "save", 2, "half", None),
+    "before the second step": (treg, "take_step", 2, "before", 0),
+    "after the fourth step": (treg, "take_step", 4, "after", 2),
+    "a checkpoint is half written": (torch, "save", 4, "half", 2),
+    "a checkpoint is not yet in its place": (torch, "save", 4, "after", 2),
+    "saving the model": (transformers.PreTrainedModel, "save_pretrained", 1, "before", 12),
+    "the model is saved, the summary not": (treg, "report", 1, "after", 12),
+}
+
+
+@pytest.mark.parametrize("where", KILLS)
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(where, tmp_path):
+    *place, saved = KILLS[where]
+    model, data = shutil.copytree(model_folder(), tmp_path / "m"), tmp_path / "p.jsonl"
+    shutil.copy(data_file(), data)
+    out = tmp_path / "out"
+    killed(*place, *words(out, model=model, data=data))
+    if saved is not None:
+        shutil.rmtree(model)
+        data.unlink()
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write('{"step": 99, "lo')  # cut off
+        killed(treg, "evaluate" if saved == 12 else "take_step", 1, "before", "--resume", out)
+        assert len(history(out)) == saved, "lines after the checkpoint go"
+    elif not (out / "settings.json").exists():
+        assert "--out" in refusal("--resume", out), "nothing is saved: it must be begun anew"
+        done(*words(out, model=model, data=data))
+        return
+    goes_on(out)
+
+
+def test_interrupted_says_from_where_it_goes_on_and_goes_on(tmp_path, monkeypatch):
+    calls, step = itertools.count(1), treg.take_step
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(treg, "take_step", interrupted)
+    status, said = command(*words(tmp_path / "out"))
+    assert status == 130 and f"--resume {tmp_path / 'out'} goes on after step 2 of 12" in said
+    goes_on(tmp_path / "out")
+
+
+def test_a_run_folder_holds_what_others_load(tmp_path):
+    out = straight()
+    names = {"step", "loss", "margin", "accuracy", "weight", "agreement", "grad_norm", "lr"}
+    names |= {"chosen_logps", "rejected_logps"}
+    for row in history(out):
+        measured = {"heldout_accuracy", "heldout_margin"} if row["step"] in (3, 6, 9, 12) else set()
+        assert row.keys() == names | measured
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == treg.PLAIN_TEMPLATE, "a base model's layout is saved"
+    assert {w.dtype for w in model.parameters()} == {torch.float32}
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)  # NaN
+    for name in ("annotate_seconds", "annotate_cpu_seconds", "train_seconds", "train_cpu_seconds"):
+        assert summary[name] > 0
+    assert summary["peak_memory_bytes"] > 2**20 and (summary["pairs"], summary["steps"]) == (21, 12)
+    assert "accuracy" not in summary["before"], "a constant by construction is no measurement"
+    settings = json.loads((out / "settings.json").read_text())["settings"]
+    assert settings == summary["settings"] and (settings["lr"], settings["beta"]) == (1e-3, 0.1)
+    before = end_of(out)
+    assert "is finished" in done("--resume", out) and end_of(out) == before
+    assert "is not empty" in refusal(*words(out))
+    assert "no other flag" in refusal("--resume", out, "--lr", 1)
+    assert "holds no run" in refusal("--resume", model_folder())
+    done(*words(tmp_path / "other", "--seed", 1, "--holdout", 0))
+    assert history(tmp_path / "other")[0] != before[0][0], "another seed, another order"
+
+
+def test_one_process_at_a_time_in_a_folder(tmp_path, monkeypatch):
+    out, step, others = tmp_path / "out", treg.take_step, []
+
+    def while_it_trains(*args, **kwargs):
+        if not others:
+            others.extend([refusal("--resume", out), refusal(*words(out))])
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(treg, "take_step", while_it_trains)
+        done(*words(out))
+    assert "another process" in others[0] and "name a" in others[1]
+    assert end_of(out) == end_of(straight())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(treg.time, "strftime", lambda form: "runs/now")
+    for _ in range(2):
+        done(*words(None, "--epochs", 1))
+    assert len([*Path("runs").glob("*/summary.json")]) == 2, "two runs in one second"
+
+
+def test_a_folder_killed_in_its_first_write_can_be_begun_anew(tmp_path):
+    killed(os, "replace", 1, "before", *words(tmp_path / "out"))
+    done(*words(tmp_path / "out"))
+    assert end_of(tmp_path / "out") == end_of(straight())
+
+
+@pytest.mark.parametrize("owner, name", [(torch, "save"), (os, "fsync"), (treg, "open")])
+def test_a_full_disk_leaves_the_old_checkpoint_whole(owner, name, tmp_path, monkeypatch):
+    def full(path=None, mode="", **options):
+        if mode in ("", "a"):  # open() is full for a line of metrics.jsonl alone
+            raise OSError(28, "No space left on device")
+        return open(path, mode, **options)
+
+    out = shutil.copytree(killed_before_step_4(), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full if name == "open" else lambda *_: full(), raising=False)
+        assert re.search("not saved .*No space left", refusal("--resume", out))
+    assert not [*out.glob("*.tmp")], "half a file keeps the disk full"
+    assert len(treg.read(out / "checkpoint.pt")["history"]) == 2
+    goes_on(out)
+
+
+def test_nothing_is_unpickled_and_damage_is_named(tmp_path):
+    out = shutil.copytree(killed_before_step_4(), tmp_path / "out")
+    bomb, packed = f"cos\nsystem\n(S'touch {tmp_path}/executed'\ntR.".encode(), io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:  # as torch.save does it
+        file.writestr("archive/data.pkl", bomb)
+        file.writestr("archive/version", "3\n")
+    settings = (b"", b"[]", b"\xff", b'{"settings": {"x": 1}}')
+    tensors = (b"", b"junk", bomb, packed.getvalue())
+    files = {"settings.json": settings, "checkpoint.pt": tensors, "pairs.pt": tensors}
+    for name, contents in files.items():
+        whole = (out / name).read_bytes()
+        for content in (*contents, whole[: len(whole) // 2]):
+            (out / name).write_bytes(content)
+            line = refusal("--resume", out)
+            assert re.match(rf"{re.escape(str(out))}(/{name})?: damaged", line), content[:20]
+        (out / name).write_bytes(whole)
+    assert not (tmp_path / "executed").exists(), "code hidden in a file of the run was executed"
+    goes_on(out)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "pairs.pt"])
+def test_a_file_of_another_program_is_named(name, tmp_path):
+    out = shutil.copytree(killed_before_step_4(), tmp_path / "out")
+    torch.save({"other": 1}, out / name)
+    assert "damaged" in refusal("--resume", out)
+
+
+def test_no_code_of_a_model_folder_runs(tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoTokenizer": "evil.T"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the library asks unless told False
+    refusal(*words(tmp_path / "out", model=tmp_path))
+    assert not (tmp_path / "executed").exists()
+
+
+def without_mlp(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: w for name, w in tensors.items() if "mlp" not in name}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def encoder(folder):
+    shape = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    config = transformers.BertConfig(num_attention_heads=2, initializer_range=0.3, **shape)
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+
+
+def no(name, content=None):
+    """-> a function that takes these files out of a folder, or writes something else into them."""
+
+    def spoil(folder):
+        for path in folder.glob(name):
+            path.unlink() if content is None else path.write_text(content)
+
+    return spoil
+
+
+# what is done to a model folder, and what must be said
+FOLDERS = {
+    "no folder": (shutil.rmtree, "is no model folder"),
+    "no config": (no("config.json"), "is no model folder"),
+    "a damaged config": (no("config.json", "{"), "cannot be loaded"),
+    "no weights": (no("model.safetensors"), "cannot be loaded"),
+    "damaged weights": (no("model.safetensors", "x"), "cannot be loaded"),
+    "a layer missing": (without_mlp, "weights missing: .*mlp.c_fc.weight"),
+    "no tokenizer": (no("tok*"), "tokenizer|load"),
+    "fewer embeddings": (lambda to: small_model(vocab_size=99).save_pretrained(to), "257 .* of 99"),
+    "an encoder": (encoder, "as an encoder"),
+    "an encoder-decoder": (
+        lambda to: transformers.T5Config().save_pretrained(to),
+        "is an encoder-",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_mistake_in_a_model_folder_is_named(case, tmp_path):
+    spoil, says = FOLDERS[case]
+    folder = shutil.copytree(model_folder(), tmp_path / "model")
+    spoil(folder)
+    line = refusal(*words(tmp_path / "out", "--check-prompts", model=folder))
+    assert re.match(rf"--model {re.escape(str(folder))}: .*({says})", line), line
+
+
+VARIANTS = ["", "[]", "3", '{"a": 1}', '{"a": {"alhpa": 1}}', '{"a": {"alpha": -1}}']
+VARIANTS += ['{"a": {"prompts": "rude"}}', '{"a": {"model": "b"}}', '{"a": {"seed": 1}}']
+VARIANTS += ["{}", '{"a": {"epochs": 1.5}}']
+# flags of which one cannot be, and what the line must say
+FLAGS = {
+    "--aplha 1": "--aplha",
+    "--alpha much": "--alpha",
+    "--beta -1": "--beta: must be from",
+    "--lr nan": "--lr: must be from",
+    "--algorithm ppo": "--algorithm.*dpo",
+    "--prompts polite": "--prompts polite: must be answer, revise",
+    "--split train": "--split",
+    "--split dev": "--split dev: .* has no such split",
+    "--holdout 99": "leave no pair to train on",
+    "--token-rewards dpo": "for --compare alone",
+    "--data none.jsonl": "none.jsonl: no such file",
+    "--compare 1 --variants none.json": "--variants none.json",
+    f"--out {__file__}": "--out .*: is a file",
+    f"--out {__file__}/run": "Not a directory",
+    "--out /proc/no/run": "/proc/no",
+}
+FLAGS |= {f"--compare 1 --variants {text}": "variant|alpha|prompts" for text in VARIANTS}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_a_mistake_is_one_line_before_a_model_is_loaded(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(treg, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    head, known, text = flags.partition("--variants ")
+    if known and text in VARIANTS:
+        Path("v.json").write_text(text)
+        flags = f"{head} --variants v.json"
+    line = refusal(*words(tmp_path / "out"), *flags.split())
+    assert re.search(FLAGS[head + known + text], line), line
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        treg.main(["--help"])
+    said = capsys.readouterr().out
+    for name, field in treg.Settings.__dataclass_fields__.items():
+        help = re.sub(r"\s", "", field.metadata["help"].split("[%")[0])
+        assert re.search(rf"--{name.replace('_', '-')}\s", said), name
+        assert help in re.sub(r"\s", "", said), name
+    assert "[1024]" in said and "[None]" not in said and "==SUPPRESS" not in said
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])  # OPT calls dropout by its own training flag
+@pytest.mark.parametrize("flags", [[], ["--gradient-checkpointing"]], ids=["", "checkpointing"])
+def test_dropout_is_off_and_dpo_begins_with_margin_0_loss_ln_2_and_weight_half(
+    kind, flags, tmp_path
+):
+    names = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout")
+    model = model_folder(kind, **dict.fromkeys(names, 0.5))
+    done(*words(tmp_path, *flags, "--epochs", 1, model=model))
+    first = history(tmp_path)[0]
+    wanted = {"step": 1, "loss": math.log(2), "margin": 0, "weight": 0.5, "agreement": 0}
+    assert {name: first[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_metric_and_no_sample(tmp_path):
+    out, flag = tmp_path / "out", "--gradient-checkpointing"
+    done(*words(out, flag))
+    for row, wanted in zip(history(out), history(straight()), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    pairs, texts = treg.encode(bytes_tokenizer(), text_pairs(4)), []
+    for checkpointing, times in ((False, 1), (True, 2)):
+        model, calls = treg.load_model(str(model_folder()), checkpointing)[0], []
+        texts.append(treg.sample(model, bytes_tokenizer(), pairs, 0))
+        count = functools.partial(lambda calls, *_: calls.append(1), calls)
+        model.transformer.h[0].mlp.register_forward_pre_hook(count)
+        treg.response_logps(model, [[5]], [[6, 7]])[0].sum().backward()
+        assert len(calls) == times, "is a layer computed anew?"
+    assert texts[0] == texts[1], "checkpointed layers drop the key-value cache"
+    line = refusal(*words(tmp_path / "other", flag, model=model_folder("openai-gpt")))
+    assert flag in line and "cannot do it" in line
+
+
+@pytest.mark.parametrize("dtype, flags", [(torch.bfloat16, []), (torch.float32, ["--dtype=bf16"])])
+def test_bf16_starts_at_the_reference_and_rounds_no_small_update_away(dtype, flags, tmp_path):
+    model = model_folder(dtype=dtype)
+    done(*words(tmp_path, *flags, "--lr", 5e-7, "--epochs", 1, model=model))
+    first = history(tmp_path)[0]
+    assert abs(first["margin"]) < 0.01 and abs(first["loss"] - math.log(2)) < 0.01
+    before, after = (load_file(of / "model.safetensors") for of in (model, tmp_path))
+    moved = torch.cat([(after[name] - before[name].float()).abs().flatten() for name in after])
+    assert (moved > 0).float().mean() > 0.5 and moved.max() < 5e-6
+    assert {w.dtype for w in after.values()} == {torch.float32}
+
+
+def test_the_saved_model_stops_at_the_end_token_that_it_has_learned(tmp_path):
+    """A base model whose own end is another, with settings that transformers 4 will not save."""
+    folder = shutil.copytree(model_folder(), tmp_path / "model")
+    own = {"eos_token_id": 7, "do_sample": False, "temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    done(*words(tmp_path / "out", "--epochs", 1, model=folder))
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [7, 0] and saved["temperature"] == 0.6
+
+
+def test_out_of_memory_gets_advice_and_a_bug_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(treg, "take_step", lambda *args, **kwargs: torch.empty(2**58))
+    assert "out of memory; begin again with" in refusal(*words(tmp_path / "out"))
+    monkeypatch.setattr(treg, "take_step", lambda *args, **kwargs: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        command(*words(tmp_path / "other"))
+
+
+def test_control_characters_are_shown_and_not_obeyed(tmp_path):
+    data = shutil.copy(data_file(6, prompt=f"Say {ESCAPE} 7"), tmp_path / f"p{ESCAPE}.jsonl")
+    said = done(*words(tmp_path / f"out{ESCAPE}", data=data))
+    said += refusal(*words(tmp_path / "out", data=tmp_path / f"none{ESCAPE}.jsonl"))
+    said += refusal(*words(tmp_path / "out"), f"--{ESCAPE}")
+    said += (tmp_path / f"out{ESCAPE}" / "report.html").read_text()
+    assert not re.search("[\x1b\x07\u202e]", said) and r"\x1b]0;owned" in said
+
+
+@pytest.mark.parametrize("kind", ["None", "OutStream", "cp1252", "closed"])
+def test_main_works_in_a_thread_whatever_standard_output_is(kind, tmp_path, monkeypatch):
+    streams = {"None": None, "cp1252": io.TextIOWrapper(io.BytesIO(), "cp1252")}
+    streams["OutStream"] = type("OutStream", (io.TextIOBase,), {"write": lambda _, text: 1})()
+    streams["closed"] = io.StringIO()
+    streams["closed"].close()
+    monkeypatch.setattr(sys, "stdout", streams[kind])
+    if kind != "closed":
+        monkeypatch.setattr(sys, "stderr", streams[kind])
+    argv = [str(word) for word in words(tmp_path / "out", "--epochs", 1)]
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(treg.main(argv)))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_windows_could_do_it_too(tmp_path, monkeypatch):
+    """No module resource; fsync wants a handle to write to; a file that is mapped stays."""
+    fcntl, fsync, replace = pytest.importorskip("fcntl"), os.fsync, os.replace
+
+    def windows_fsync(handle):
+        assert fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        fsync(handle)
+
+    def windows_replace(source, target):
+        assert str(Path(target).resolve()) not in Path("/proc/self/maps").read_text()
+        replace(source, target)
+
+    out = shutil.copytree(killed_before_step_4(), tmp_path / "out")
+    monkeypatch.setattr(os, "fsync", windows_fsync)
+    monkeypatch.setattr(os, "replace", windows_replace)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    spec = importlib.util.spec_from_file_location("treg_on_windows", treg.__file__)
+    monkeypatch.setitem(sys.modules, spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(sys.modules[spec.name])
+    goes_on(out)
+    assert json.loads((out / "summary.json").read_text())["peak_memory_bytes"] is None
+
+
+# --------------------------------------------------------------------------------- the comparison
+# Guards sections 9 and 10: variants are trained from the same weights on the same pairs, a
+# comparison that dies goes on, and the method does something.
+
+
+def compared(out, *more):
+    return words(out, "--epochs", 1, "--max-pairs", 8, "--compare", 2, *more)
+
+
+def test_compare_trains_every_variant_from_the_reference_and_goes_on_after_a_kill(
+    tmp_path, monkeypatch
+):
+    starts, orders, settings, hats, train = [], set(), [], [], treg.train
+    learned, names = [], ("algorithm", "alpha", "weighting", "token_rewards", "beta", "gamma", "lr")
+
+    def spy(model, pairs, s, *args, **kwargs):
+        starts.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
+        orders.add(tuple(pair.where for pair in pairs))
+        settings.append(tuple(getattr(s, name) for name in names))
+        hats.append([response.token_rewards for response in treg.sides(pairs)])
+        rows = train(model, pairs, s, *args, **kwargs)
+        credit = treg.losses(model, pairs, s)[2]
+        lengths = [len(response.ids) for response in treg.sides(pairs)]
+        learned.append([row[:length] for row, length in zip(credit, lengths, strict=True)])
+        return rows
+
+    monkeypatch.setattr(treg, "train", spy)
+    said = done(*compared(tmp_path / "straight"))
+    assert all(torch.equal(start, starts[0]) for start in starts)
+    assert len(orders) == 1, "the same pairs in the same order"
+    size = sum(w.numel() for w in small_model(num_hidden_layers=1).parameters())
+    dpo = (0.1, 0.0, 1e-3)
+    simpo = (2.5, 1.0, float(f"{5e-7 * math.sqrt(8e9 / size):.1e}"))  # --lr is on DPO's scale
+    wanted = [("dpo", 0.0, "sequence", "contrastive", *dpo)]
+    wanted += [("dpo", 0.25, "sequence", name, *dpo) for name in ("contrastive", "sft")]
+    wanted += [("dpo", 0.25, "static", "contrastive", *dpo), ("dpo", 0.0, "sequence", "dpo", *dpo)]
+    wanted += [("dpo", 0.25, "sequence", name, *dpo) for name in ("dpo", "shuffled", "swapped")]
+    wanted += [("simpo", alpha, "sequence", "contrastive", *simpo) for alpha in (0.0, 0.25)]
+    assert settings == wanted * 2
+    by_dpo = [torch.sigmoid(credit) - 0.5 for credit in learned[4]]
+    for call, rewards in ((5, by_dpo), (7, [-hat for hat in hats[1]]), (8, hats[1]), (9, hats[1])):
+        assert all(map(functools.partial(torch.allclose, atol=1e-6), hats[call], rewards)), call
+    results = [json.loads(line) for line in (tmp_path / "straight/compare.jsonl").open()]
+    work = [(seed, name) for seed in (0, 1) for name in treg.VARIANTS]
+    assert [(result["seed"], result["variant"]) for result in results] == work
+    assert "learned by DPO-REG" in (tmp_path / "straight/report.html").read_text()
+
+    killed(treg, "evaluate", 6, "before", *compared(tmp_path / "other"))  # the first is untrained
+    assert len((tmp_path / "other/compare.jsonl").read_text().splitlines()) == 4
+    monkeypatch.setattr(treg, "load_model", lambda *_: pytest.fail("all is in the folder"))
+    tables = [said, done("--resume", tmp_path / "other"), done("--resume", tmp_path / "other")]
+    tables = {re.search(r"\n +accuracy.*SimPO-REG[^\n]*", text, re.S)[0] for text in tables}
+    assert len(tables) == 1, "the same table"
+    assert [re.split("  +", line)[0] for line in tables.pop().splitlines()[2:]] == [*treg.VARIANTS]
+
+
+def test_variants_and_a_judge_of_ones_own(tmp_path, monkeypatch):
+    path = tmp_path / "v.json"
+    (tmp_path / "answer.json").write_text('{"better": "{prompt} well", "worse": "{prompt} ill"}')
+    variants = {"small": {"lr": 1e-5, "alpha": 0}, "large": {"beta": 0.5}}
+    variants |= {kind: {"prompts": kind} for kind in ("revise", "answer", "answer.json")}
+    path.write_text(json.dumps(variants))
+    monkeypatch.chdir(tmp_path)
+    s = treg.parse([str(word) for word in compared("out", "--variants", path)])
+    Path("out").mkdir()
+    hats, train = [], treg.train
+
+    def spy(model, pairs, *args, **kwargs):
+        hats.append(pairs[0].chosen.token_rewards)
+        return train(model, pairs, *args, **kwargs)
+
+    monkeypatch.setattr(treg, "train", spy)
+    results = treg.compare(s, Path("out"), judge=lambda pair, text: 0.25)
+    assert [result["variant"] for result in results] == [*variants] * 2
+    assert {result["score"] for result in results} == {0.25}
+    assert results[0]["each"] == [0.25] * 4 and results[0]["margin"] != results[1]["margin"]
+    same = [[torch.equal(hats[i], hats[j]) for j in range(5)] for i in (0, 2, 4)]
+    assert same[0] == [True, True, False, True, False], "r̂ of its own prompts"
+    assert same[1:] == [[i == j for j in range(5)] for i in (2, 4)], "of its own file"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_default_run_raises_the_score_by_a_fifth(seed, tmp_path, monkeypatch):
+    """To save time with a third of the warm-up and of the test, and half of the training."""
+    rows = [json.loads(line) for line in Path(treg.TINY_DATA).read_text("utf-8").splitlines()]
+    (tmp_path / "data.jsonl").write_text(treg.as_lines(rows[200:-100]))
+    assert {row["split"] for row in rows[-150:]} == {"test"}
+    monkeypatch.setattr(treg, "make_tiny", functools.partial(treg.make_tiny, steps=700))
+    flags = ["--data", tmp_path / "data.jsonl", "--max-pairs", 160, "--out", tmp_path / "run"]
+    said = done("--seed", seed, *flags)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    before, after = summary["before"], summary["after"]
+    assert after["score"] >= before["score"] + 0.2, said
+    assert after["accuracy"] > 0.8 and after["credit_auroc"] > 0.85, said
+    assert float(re.search(r"prompts answer: .* interval (\S+) to", said)[1]) > 0.5
+
+
+def test_lora_trains_its_adapters_alone():
+    peft = pytest.importorskip("peft")
+    base = small_model()
+    kept = {name: w.clone() for name, w in base.state_dict().items()}
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(base, config)
+    pairs = treg.annotate(model, bytes_tokenizer(), text_pairs())
+    history = treg.train(model, pairs, lr=1e-2, epochs=5)
+    assert abs(history[0]["margin"]) < 1e-5 and history[-1]["margin"] > 0.01
+    for name, w in model.unload().state_dict().items():
+        assert torch.equal(w, kept[name]), name
+
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+README_LINES = re.findall(r"`(python treg[^`]*)`", README) + README.splitlines()
+README_COMMANDS = {line for line in README_LINES if re.match("python treg.py(?! --help)", line)}
+
+
+def snippet(words, language="python"):
+    """The one block of this language in README.md that holds these words."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+    [block] = [block for block in found if words in block]
+    return block
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with all the files that README.md names, as small as can be."""
+    folder = tmp_path_factory.mktemp("readme")
+    rows = (HERE / "tiny_data.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    kinds = ("warmup", 40), ("train", 44), ("test", 6)
+    few = [[row for row in rows if f'"{kind}"' in row][:count] for kind, count in kinds]
+    better, worse = treg.PROMPTS["answer"].values()
+    swapped = json.dumps({"better": worse, "worse": better})
+    texts = "".join(sum(few, [])), "".join(few[1]), snippet("DPO-REG", "json"), swapped
+    names = "few.jsonl", "pairs.jsonl", "alphas.json", "mine.json"
+    for name, text in zip(names, texts, strict=True):
+        (folder / name).write_text(text, encoding="utf-8")
+    model, tokenizer = treg.make_tiny(treg.load_pairs(folder / "few.jsonl", "warmup"), 0, steps=2)
+    for name in ("DIR", "my-run"):
+        treg.save_model(model, tokenizer, folder / name, [0])
+    return folder
+
+
+@pytest.fixture
+def at_place(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setattr(treg, "make_tiny", functools.partial(treg.make_tiny, steps=2))
+
+
+@pytest.mark.parametrize("command", sorted(README_COMMANDS))
+def test_readme_command_runs_at_its_smallest_setting(command, at_place, tmp_path, capsys):
+    out, argv = str(tmp_path / "out"), shlex.split(command)[2:]
+    small = ["--max-pairs", "4", "--holdout", "4", "--epochs", "1", "--out", out]
+    if "--resume" in argv:
+        assert treg.main(["--model", "DIR", "--data", "pairs.jsonl", *small]) == 0
+        argv[argv.index("--resume") + 1] = out
+    else:
+        argv += small if "--data" in argv else ["--data", "few.jsonl", *small]
+        argv += ["--compare", "1"] if "--compare" in argv else []
+    assert treg.main(argv) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["def show(", "mask = torch.tensor"])
+def test_readme_snippet_prints_what_the_readme_says(words, capsys):
+    exec(snippet(words), {})
+    after = README.partition(snippet(words))[2].partition("It prints")[2]
+    shown = re.search(r"```text\n(.*?)```|`(\[.*?)`", after, re.S)
+    assert capsys.readouterr().out.strip() == (shown[1] or shown[2]).strip()
+
+
+def test_readme_conversation(at_place, capsys):
+    exec(snippet("pipeline"), {})
+    assert "'role': 'assistant'" in capsys.readouterr().out
+
+
+def test_readme_notebook_shows_the_tokens(at_place):
+    shell = pytest.importorskip("IPython.core.interactiveshell", reason="IPython is not installed")
+    cell = shell.InteractiveShell(history_manager=None).run_cell(snippet("credit_map(heldout"))
+    cell.raise_error()
+    assert 'class="token' in cell.result._repr_html_()
+
+
+def test_readme_lora_recipe_saves_what_it_trained(at_place):
+    pytest.importorskip("peft", reason="the README's LoRA recipe needs peft")
+    exec(snippet("LoraConfig"), space := {})
+    assert space["history"][0]["loss"] == pytest.approx(math.log(2)), "it begins as the reference"
+    merged = space["policy"].base_model.model.state_dict()
+    saved, before = (treg.load_model(name)[0].state_dict() for name in ("my-lora", "DIR"))
+    assert all(torch.equal(saved[name], merged[name]) for name in saved)
+    assert not all(torch.equal(saved[name], before[name]) for name in saved), "it has learned"
+
+
+@pytest.mark.parametrize("algorithm, beta, gamma", [("dpo", 0.1, 0.0), ("simpo", 1.0, 0.5)])
+def test_trl_recipe_has_the_losses_of_train(algorithm, beta, gamma, at_place, monkeypatch):
+    """Two epochs in batches of 4 in the order of the file, at one learning rate."""
+    pytest.importorskip("trl", reason="the README's TRL recipe needs trl")
+    loss = {"algorithm": algorithm, "beta": beta, "gamma": gamma, "alpha": 0.5}
+    model, tokenizer = treg.load_model("DIR")
+    pairs = treg.annotate(model, tokenizer, treg.load_pairs("pairs.jsonl"))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "randperm", lambda count, **_: torch.arange(count))
-        loss = ["--algorithm", algorithm, "--alpha", "0.5", "--beta", str(beta), "--gamma", str(gamma)]
-        assert go(out, "--data", data, "--holdout", 0, "--accumulate", accumulate, *loss) == 0
-    expected = [json.loads(line) for line in lines(out)]
-
-    def scheduler(trainer, num_training_steps, optimizer=None):  # TRL's own cosine begins at 0
-        assert num_training_steps == len(expected) == 12 // accumulate
-        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or trainer.optimizer, lambda step: expected[min(step, len(expected) - 1)]["lr"] / 1e-3)
-        return trainer.lr_scheduler
-
-    monkeypatch.setattr(transformers.Trainer, "create_scheduler", scheduler)
-    monkeypatch.setattr(dpo_trainer, "create_model_from_path", lambda *_, **__: pytest.fail("a second model is loaded"))
+        patch.setattr(treg, "schedule", lambda step, total: 1.0)
+        ours = treg.train(model, pairs, **loss, epochs=2, batch_size=4, lr=1e-4)
+    Path("trl_treg.py").write_text(snippet("DPOTrainer"), encoding="utf-8")
+    flags = "--use_cpu --model=DIR --learning_rate=1e-4 --lr_scheduler_type=constant "
+    flags += "--num_train_epochs=2 --per_device_train_batch_size=4 --logging_steps=1 "
+    flags += f"--train_sampling_strategy=sequential --save_strategy=no --output_dir={algorithm}"
+    argv = ["trl_treg.py", *flags.split(), *(f"--{name}={value}" for name, value in loss.items())]
     monkeypatch.setenv("CI", "1")  # TRL reports no run of a test
-    settings = {"model": model_folder(), "data": data, "output_dir": tmp_path / "trl", "learning_rate": 1e-3,
-                "num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulate,
-                "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no"}
-    argv = [str(script), *loss, "--use_cpu", *(f"--{name}={value}" for name, value in settings.items())]
     monkeypatch.setattr(sys, "argv", argv)
-    trainer = runpy.run_path(str(script), run_name="__main__")["trainer"]
-
-    rows, pad = list(trainer.train_dataset), trainer.processing_class.pad_token_id
-    assert trainer.ref_model is None and all(row["chosen_ids"][-1] == row["rejected_ids"][-1] == pad for row in rows)
-    assert all(len({len(row[f"{name}_ids"]) for row in rows}) > 1 for name in ("prompt", *treg.SIDES)), "uneven lengths"
-    history = json.loads((tmp_path / "trl" / "trainer_state.json").read_text())["log_history"]
-    found = [row for row in history if "loss" in row]
-    for step, (row, ours) in enumerate(zip(found, expected, strict=True), 1):
-        close(row["loss"], ours["loss"], f"loss of step {step}", tolerance)
-        close(row["rewards/margins"], ours["margin"] + gamma, f"margin of step {step}, z + γ", tolerance)
-        close(row["grad_norm"], ours["grad_norm"], f"gradient norm of step {step}", 4 * tolerance)
-    assert found[-1]["loss"] < found[0]["loss"] - 0.2, "the runs compared did learn"
+    runpy.run_path("trl_treg.py", run_name="__main__")
+    history = json.loads(Path(algorithm, "trainer_state.json").read_text())["log_history"]
+    theirs = [row["loss"] for row in history if "loss" in row]
+    assert theirs == pytest.approx([row["loss"] for row in ours], abs=1e-6) and len(ours) == 22
+    assert ours[11]["loss"] < ours[0]["loss"] - 0.01, "they did learn: the same pairs again"
 
 
-def run_bounded(command, **options):
-    """Run a command, with all its children, for five minutes at most; its output is shown where it fails."""
-    options |= dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    with subprocess.Popen(command, **options) as process:
-        try:
-            output, _ = process.communicate(timeout=300)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
+def gradient(alpha, hat=None, loss=treg.treg_loss):
+    """∂L/∂log π in README.md's example: chosen 1, chosen 2, rejected 1, rejected 2."""
+    table = re.findall(r"^\| (?:chosen|rejected) \d \|(.*)\|$", README, re.M)
+    columns = [[float(cell.replace("−", "-")) for cell in row.split("|")] for row in table]
+    columns = torch.tensor(columns, dtype=torch.float64).T.reshape(8, 2, 2)
+    hat = columns[2] if hat is None else torch.tensor(hat).double()
+    logps = columns[3].log().requires_grad_()
+    rewards = treg.dpo_rewards(logps, columns[4].log(), torch.ones(2, 2), 0.5)
+    loss(*rewards.chunk(2), *hat.chunk(2), alpha)[0].backward()
+    return logps.grad.flatten()
 
 
-def test_trl_on_two_processes_gives_the_losses_of_one(tmp_path):
-    """The README's two commands, on 25 pairs: three whole batches of 8, and one pair left over, an epoch."""
-    script, data = trl_script(tmp_path), trl_pairs(tmp_path, 25)
-    commands = "\n".join(readme_blocks("sh")).replace("\\\n", " ").splitlines()
-    commands = [line.split() for line in commands if script.name in line]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]  # 0: any free one
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                   "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "CI": "1"}
-    runs = []
-    for name, *words in commands:
-        start = {"python": [sys.executable], "accelerate": launch}[name]
-        ours = {"DIR": model_folder(), "pairs.jsonl": str(data)}
-        words = [ours.get(word, word) for word in words if word != "launch"]
-        smallest = ["--use_cpu", "--learning_rate", "1e-3", "--num_train_epochs", "2", "--save_strategy", "no"]
-        run_bounded([*start, *words, *smallest], cwd=tmp_path, env=environment)
-        out = tmp_path / words[words.index("--output_dir") + 1]
-        assert (out / "model.safetensors").exists()
-        runs.append(json.loads((out / "trainer_state.json").read_text()))
-    one, two = runs
-    assert (one["train_batch_size"], two["train_batch_size"]) == (8, 4), "the same 8 pairs a step"
-    assert one["global_step"] == two["global_step"] == 6
-    for first, second in zip(one["log_history"][:6], two["log_history"][:6]):
-        for name in ("loss", "rewards/margins", "learning_rate"):  # not the accuracy, which begins with ties
-            close(second[name], first[name], f"{name} of step {first['step']} on two processes", 1e-6)
-    close(one["log_history"][0]["loss"], math.log(2), "DPO's first loss is ln 2", 1e-5)
-    assert one["log_history"][5]["loss"] < math.log(2) - 0.1
+def test_exercises_come_out_as_the_readme_says():
+    dpo = gradient(0.0)
+    assert abs(gradient(10 / 3)[2]) < 1e-9 and gradient(3.0)[2] > 0 > gradient(3.0)[1], "1"
+    source = inspect.getsource(treg.treg_loss).replace(".detach()", "")
+    exec(source, space := {"torch": torch, "F": torch.nn.functional})
+    extra = 0.5 * 0.5 * 0.2 * 0.8 * 0.65 * math.log(2) * torch.tensor([1, 1, -1, -1])
+    found = gradient(0.5, loss=space["treg_loss"])
+    assert torch.allclose(found, gradient(0.5) + extra) and round(found[0].item(), 4) == -0.1020
+    for rejected_hat, factor in (0.25, 0.875), (-0.25, 1.125):
+        found = gradient(0.5, [[0.25] * 2, [rejected_hat] * 2]) / dpo
+        assert found.tolist() == pytest.approx([1.125, 1.125, factor, factor]), "4"
+    for z, weighting, down in (2.7, "static", 0), (2.71, "static", 1), (9.0, "sequence", 0):
+        chosen, none = torch.tensor([[z, 0.0]], requires_grad=True), torch.zeros(1, 2)
+        hat = torch.tensor([[0.4, -0.25]])
+        treg.treg_loss(chosen, none, hat, none, 0.5, weighting=weighting)[0].backward()
+        assert (chosen.grad[0, 1] > 0) == down, f"5: {weighting}, z = {z}"
+    long, short = (treg.simpo_rewards(-torch.ones(1, n), torch.ones(1, n), 2.0) for n in (8, 2))
+    assert long.sum() - short.sum() == 0 and 8 * long.sum() - 2 * short.sum() == -12, "6"
+    for preference in (lambda z: torch.relu(2 - z)), (lambda z: (z - 0.5) ** 2):
+
+        def loss(chosen, rejected, chosen_hat, rejected_hat, alpha, preference=preference):
+            z = chosen.sum() - rejected.sum()
+            weight = -torch.autograd.grad(preference(z), z, retain_graph=True)[0]
+            agreement = (chosen_hat * chosen + rejected_hat * rejected).sum()
+            return preference(z) - alpha * weight * agreement, z
+
+        factors = gradient(0.5, loss=loss) / gradient(0.0, loss=loss)
+        assert factors.tolist() == pytest.approx([1.2, 0.875, 0.85, 1.1]), "8"
+
+
+def test_exercises_with_the_tiny_model(at_place, capsys):
+    assert treg.main(["--data", "few.jsonl", "--check-prompts", "--prompts", "mine.json"]) == 0
+    shares = re.findall(r"(answer|mine.json): pair accuracy (\S+)", capsys.readouterr().out)
+    assert sum(float(share) for _, share in shares) == pytest.approx(1, abs=2e-3), "7"
+    model, tokenizer = treg.load_model("DIR")
+    pairs = treg.annotate(model, tokenizer, treg.load_pairs("few.jsonl", "test"))
+    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
+    each = [treg.credit_auroc(r.token_rewards[:-1], r.good[:-1]) for r in responses]
+    each = [value for value in each if not math.isnan(value)]
+    metrics, _ = treg.evaluate(model, tokenizer, pairs)
+    assert sum(each) / len(each) == pytest.approx(metrics["token_reward_auroc"]), "9"
+
+
+def test_what_the_readme_names_exists():
+    graded = re.search(r"functions that it defines \((.*?)\)", README, re.S)[1]
+    functions = re.findall(r"^\|.*?\| `(\w+)`", README, re.M) + re.findall(r"`(\w+)`", graded)
+    assert {"response_logps", "treg_loss", "annotate", "losses"} <= set(functions)
+    assert all(hasattr(treg, name) for name in functions if not name.startswith("test_"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in HERE.glob("t*.py"))
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert f"\ndef {name}(" in tests, name
+    flags = {f"--{name.replace('_', '-')}" for name in treg.Settings.__dataclass_fields__}
+    assert set(re.findall(r"(?<=`)--[a-z-]+", README)) - {"--use"} <= flags
+    heads = [head.lower().replace(" ", "-") for head in re.findall(r"^#+ (.*)$", README, re.M)]
+    for anchor in re.findall(r"\]\(#([^)]*)\)", README):
+        assert anchor in [re.sub(r"[^\w-]", "", head) for head in heads], anchor

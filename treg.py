@@ -1,408 +1,446 @@
 # SPDX-License-Identifier: MIT
 """T-REG: preference optimisation with token-level reward regularisation, in one readable file.
 
-    python treg.py                                       a tiny model, made and trained here in half a minute
-    python treg.py --model gpt2                          a Hugging Face model on the same data
-    python treg.py --model DIR --data pairs.jsonl        your model, your preference pairs
-    python treg.py --model DIR --data pairs.jsonl --check-prompts     which contrastive prompts suit this model?
+    python treg.py                                      a tiny model, made and trained here
+    python treg.py --model gpt2                         a Hugging Face model on the same data
+    python treg.py --model DIR --data pairs.jsonl       your model, your preference pairs
+    python treg.py --model DIR --data pairs.jsonl --check-prompts
+                                                        do the contrastive prompts suit this model?
 
-The method (Zhou, Zhang, Zhao and Meng, ACL 2025, arXiv 2412.02685). A frozen model scores every token of both
-responses twice, after a prompt that asks for a better answer and after one that asks for a worse one:
+The method (Zhou, Zhang, Zhao and Meng, ACL 2025, arXiv 2412.02685). A frozen model scores every
+token of both responses twice, after a prompt that asks for a better answer and after one that asks
+for a worse one. It is the language model itself, before training; it needs no reward head.
 
-    r̂_t = σ( log π_eval(y_t | x_better, y_<t) − log π_eval(y_t | x_worse, y_<t) ) − ½        token reward, in [−½, ½]
-    r_t = β ( log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) )                              what the policy learned
-    z   = Σ_t r_t(chosen) − Σ_t r_t(rejected) − γ                                            margin
-    L   = −log σ(z) + α · w · ( − Σ_t r̂_t r_t, over both responses ),  w = σ(−z), detached    loss of one pair
+    r̂_t = σ( log π_eval(y_t | x_better, y_<t) − log π_eval(y_t | x_worse, y_<t) ) − ½
+    r_t = β ( log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) )
+    z   = Σ_t r_t(chosen) − Σ_t r_t(rejected) − γ
+    L   = −log σ(z) − α · w · Σ_t r̂_t r_t, over both responses,      w = σ(−z), detached
 
-Each token's gradient is then the plain one times (1 + α r̂_t) on the chosen side and (1 − α r̂_t) on the rejected:
-our derivation, as are the regulariser in terms of r_t for SimPO too (so with 1 / |y|), γ in its w, and static w = ½.
+r̂ is the token reward, in [−½, ½]. r is the token reward that the policy implies, DPO's here; the
+last term of L is the regulariser: it pays for agreement of r with r̂. z is the margin, L the loss of
+one pair. Since w is also the factor in the gradient of −log σ(z), T-REG rescales the gradient of
+each token, by 1 + α r̂_t in the chosen response and by 1 − α r̂_t in the rejected one.
 
-Sections: 1 prompts, 2 token rewards, 3 implicit rewards and the loss (the paper; torch only, made to be copied),
-4 data, 5 log-probs, 6 annotate, 7 train, 8 evaluate and show, 9 the tiny model, 10 command line.
+Our own derivation or choice, not the paper's: these two factors (they hold for sequence weighting,
+not for static, where the w in L is the constant ½); that ½; the regulariser in terms of r_t for
+SimPO too; γ in SimPO's w.
 
-Shapes: B pairs (or rows), T response tokens including the end token. Everything per token is (B, T), column t is
-response token t, and a mask says where a response has a token. Logs are natural; a reward has the unit of β · nats.
+Reading order. Sections 1 to 3 are the paper: they need torch alone, and are made to be copied.
+    1 prompts    2 token rewards    3 implicit rewards and the loss
+Sections 4 to 6 put them to work; after these the method is whole.
+    4 log-probs    5 annotate    6 train
+The rest is what a program needs. The settings, s in the code, are explained in section 11.
+    7 data    8 evaluate and show    9 the tiny model    10 compare    11 settings and run
+
+Shapes: B pairs or rows, T response tokens, the end token included. What is per token is (B, T), or
+(T,) for one response; column t is response token t; a mask says where a row has a token. Log-probs
+are natural logarithms.
 """
-import argparse, collections, contextlib, csv, functools, gzip, html, inspect, io, itertools, json  # noqa: E401
-import math, os, re, resource, signal, sys, time, zipfile, zlib  # noqa: E401
-from pathlib import Path
 
+import argparse
+import contextlib
+import csv
+import gzip
+import html
+import inspect
+import io
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import time
+import unicodedata
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from string import Formatter
+from typing import Any, Literal, get_args, get_origin
+
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import load_dataset
-from pyarrow.parquet import ParquetFile
+from filelock import FileLock, Timeout
+from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-# ---------------------------------------------------------------------------------------------------- 1 prompts
-# Our wording, built on the paper's four criteria. What differs between better and worse comes last: all that stands
-# before it is then the same text, and is computed once.
+# ---------------------------------------------------------------------------------------- 1 prompts
+# From an instruction and a response to two prompts: one asks for a better answer, one for a worse.
+#
+# Our wording, on the paper's four criteria. What differs between the two comes last: what stands
+# before it is the same text, and is computed once.
 PROMPTS = {
     "answer": {
         "better": "{prompt}\n\nGive an answer that is helpful, correct, coherent and concise.",
         "worse": "{prompt}\n\nGive an answer that is unhelpful, wrong, incoherent and rambling.",
     },
     "revise": {
-        "better": "{prompt}\n\nResponse: {response}\n\nRevise the response so that it is more helpful, "
-                  "more correct, more coherent and more concise.",
-        "worse": "{prompt}\n\nResponse: {response}\n\nRevise the response so that it is less helpful, "
-                 "less correct, less coherent and less concise.",
+        "better": "{prompt}\n\nResponse: {response}\n\nRevise the response so that it is "
+        "more helpful, more correct, more coherent and more concise.",
+        "worse": "{prompt}\n\nResponse: {response}\n\nRevise the response so that it is "
+        "less helpful, less correct, less coherent and less concise.",
     },
 }
 
 
 def contrastive_prompts(prompt, response, style):
-    """-> (better, worse), of prompt's own kind: a text, or a list of messages whose last user message is rewritten.
+    """x_better and x_worse of the paper -> (better, worse), each of prompt's own kind.
 
-    style names a pair in PROMPTS or is a {"better": …, "worse": …} of templates with {prompt} and maybe {response}.
+    prompt: a text, or a list of {role, content} whose last user message is rewritten, no other.
+    style: a name in PROMPTS, or {"better": …, "worse": …} with {prompt} and perhaps {response}.
     """
     templates = PROMPTS[style] if isinstance(style, str) else style
-    if not isinstance(prompt, str):
-        last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
-        return tuple([*prompt[:last], {**prompt[last], "content": text}, *prompt[last + 1:]]
-                     for text in contrastive_prompts(prompt[last]["content"], response, style))
-    fields = {"prompt": prompt, "response": response}  # filled in one pass: a {response} in the prompt is just text
-    return tuple(re.sub(r"\{(prompt|response)\}", lambda field: fields[field[1]], templates[side])
-                 for side in ("better", "worse"))
+    if isinstance(prompt, str):
+        # format does not look into what it fills in: a {response} in the prompt stays just text
+        better = templates["better"].format(prompt=prompt, response=response)
+        worse = templates["worse"].format(prompt=prompt, response=response)
+        return better, worse
+    last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
+    texts = contrastive_prompts(prompt[last]["content"], response, style)
+    better, worse = ({**prompt[last], "content": text} for text in texts)
+    before, after = prompt[:last], prompt[last + 1 :]
+    return [*before, better, *after], [*before, worse, *after]
 
 
-# ---------------------------------------------------------------------------------------------- 2 token rewards
+# ---------------------------------------------------------------------------------- 2 token rewards
+# From the log-probs of the same tokens after the two prompts to the token rewards r̂.
+
+
 def token_rewards(better_logps, worse_logps, mask):
     """r̂ = σ(better − worse) − ½, exactly 0 where mask is 0. (B, T) × 3 -> (B, T) in [−½, ½].
 
-    better_logps, worse_logps: log π_eval of the same response tokens after x_better and after x_worse.
+    better_logps, worse_logps: log π_eval of the response tokens after x_better and after x_worse.
     """
-    # where, not a product: padding may hold NaN, and NaN × 0 is NaN, in the value and in the gradient
-    return torch.sigmoid(torch.where(mask.bool(), better_logps - worse_logps, 0.0)) - 0.5
+    # where, not a product: padding may hold NaN, and NaN × 0 is NaN, in value and in gradient
+    difference = torch.where(mask.bool(), better_logps - worse_logps, 0.0)
+    return torch.sigmoid(difference) - 0.5
 
 
-# ---------------------------------------------------------------------------- 3 implicit rewards and the loss
+# ----------------------------------------------------------------- 3 implicit rewards and the loss
+# From the log-probs of the policy in training to its implicit token rewards r (one function for
+# each algorithm), and from r and r̂ to the loss of a pair (the same lines for every algorithm).
+
+
 def dpo_rewards(logps, ref_logps, mask, beta):
-    """DPO's implicit token rewards r_t = β (log π − log π_ref), exactly 0 where mask is 0. (B, T) × 3 -> (B, T)."""
+    """DPO's r_t = β (log π − log π_ref), exactly 0 where mask is 0. (B, T) × 3 -> (B, T)."""
     return beta * torch.where(mask.bool(), logps - ref_logps, 0.0)
 
 
 def simpo_rewards(logps, mask, beta):
-    """SimPO's implicit token rewards r_t = (β / |y|) log π, exactly 0 where mask is 0. (B, T) × 2 -> (B, T).
+    """SimPO's r_t = (β / |y|) log π, exactly 0 where mask is 0. (B, T) × 2 -> (B, T).
 
-    |y| is the number of tokens of the response, end token included.
+    |y| is the number of tokens of the response, the end token included.
     """
     length = mask.bool().sum(-1, keepdim=True).clamp(min=1)
     return beta * torch.where(mask.bool(), logps, 0.0) / length
 
 
 def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weighting="sequence"):
-    """The T-REG loss and the preference margin z of each pair. (B, T) × 4 -> (loss, margin), each (B,).
+    """The T-REG loss L and the preference margin z. (B, T) × 4 -> (loss, margin), (B,) each.
 
-    chosen, rejected: implicit token rewards r_t; chosen_hat, rejected_hat: token rewards r̂_t; zeros in the padding
-    of all four (the two sides' T may differ). alpha = 0 is DPO, or with SimPO's rewards and gamma SimPO, exactly.
-    weighting "sequence" is w = σ(−z), the factor in the preference loss's own gradient; "static" is ½ (our choice).
+    chosen, rejected: implicit token rewards r_t. chosen_hat, rejected_hat: token rewards r̂_t.
+    All four hold zeros in their padding; the T of the two sides may differ.
+    alpha = 0 is exactly DPO, or, with SimPO's rewards and gamma, SimPO.
+    weighting: "sequence" is w = σ(−z), "static" is w = ½ (our choice). Another is a ValueError.
     """
     if weighting not in ("sequence", "static"):
         raise ValueError(f'weighting is "sequence" or "static", not {weighting!r}')
     margin = chosen.sum(-1) - rejected.sum(-1) - gamma
     # detached: the weight scales the regulariser's gradient and has none of its own
     weight = torch.sigmoid(-margin).detach() if weighting == "sequence" else 0.5
-    agreement = (chosen_hat * chosen).sum(-1) + (rejected_hat * rejected).sum(-1)  # Σ_t r̂_t r_t = −L_reg
+    # Σ_t r̂_t r_t = −L_reg: how far what the policy learned agrees with what the model said
+    agreement = (chosen_hat * chosen).sum(-1) + (rejected_hat * rejected).sum(-1)
     return -F.logsigmoid(margin) - alpha * weight * agreement, margin
 
 
-# ------------------------------------------------------------------------------------------------------- 4 data
-SIDES = ("chosen", "rejected")
-FILES = ("json", "jsonl", "csv", "parquet")  # endings of data files; .gz may follow
-bar = functools.partial(tqdm, delay=2, leave=False)  # a progress bar for what takes more than two seconds
+# ------------------------------------------------------ small tools: errors, and what is printed
+
 
 class UserError(Exception):
     """A mistake that the user can mend, in one line: where, what, and what to do."""
 
+
 def need(condition, message):
+    """UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
+
+def refuse(bad):
+    """UserError with the first five of these messages and the number of all, if there are any."""
+    if bad:
+        more = f"; and {len(bad) - 5} more, {len(bad)} rows in all" if len(bad) > 5 else ""
+        raise UserError("; ".join(bad[:5]) + more)
+
+
+def saving(path):
+    return explain(f"{path}: not saved", "make room, then --resume: nothing is lost")
+
+
+def loading(path):
+    return explain(f"{path}: damaged", "begin again in another --out")
+
+
 def one_line(error):
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    """The message of a library's error, and of what caused it, on one line."""
+    texts = [" ".join(str(each).split())[:160] for each in (error, error.__cause__) if each]
+    return ": ".join(filter(None, texts)) or type(error).__name__
+
 
 @contextlib.contextmanager
 def explain(what, hint):
-    """Within it an error of a library's becomes the user's, in one line: what failed, why, and what to do."""
+    """Within it a library's error becomes the user's, in one line: what failed, why, what to do."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # every library has its own
         raise UserError(f"{what} ({one_line(error)}); {hint}") from None
 
-def load_pairs(source, split="train"):
-    """-> list of pairs from a .json, .jsonl, .csv or .parquet file (.gz too), else from a hub data set.
 
-    Rows that name another split are left out; rows that name none are "train". A pair is a dict: prompt, a text or a
-    list of {role, content}; chosen and rejected, texts; where, "file:line"; and if the row has them keywords and
-    chosen_errors, rejected_errors, character spans of bad text. UserError names the line of a bad row."""
-    rows = bar(read_rows(str(source), split), desc="read", unit=" rows")
-    return [read_pair(row, where) for where, row in rows
-            if not isinstance(row, dict) or (row.get("split") or "train") == split]
-
-def read_rows(source, split):
-    """Yield (where, row) for every row of a file, or of this split of a hub data set."""
-    path, kind = Path(source), source.removesuffix(".gz").rpartition(".")[2]
-    if kind not in FILES and not path.exists():
-        with explain(f"--data {source}: no such file, and the hub does not give it", "see whether it can be reached"):
-            splits = load_dataset(source)
-            need(split in splits or split != "train", f"--data {source}: has no split train, only {', '.join(splits)}")
-            for line, row in enumerate(splits.get(split, ()), 1):
-                yield f"{source}:row {line}", {**row, "split": split}
-        return
-    why = "is a folder" if path.is_dir() else "unknown ending" if path.exists() else "no such file"
-    need(path.is_file() and kind in FILES, f"{path}: {why}; name a .json, .jsonl, .csv or .parquet file")
-    line, count, unit = 0, 0, "" if kind == "jsonl" else "row "
-    try:
-        file = rows = (gzip.open if path.suffix == ".gz" else open)(path, "rb")
-        if kind == "parquet":  # by Arrow, on which datasets rests: datasets may read its own copy of an older file
-            rows = ParquetFile(file).read().to_pylist()
-        elif kind == "csv":  # the standard library leaves every cell the text that it is, "NA" and "007" too
-            csv.field_size_limit(sys.maxsize)
-            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-            rows = csv.DictReader(itertools.dropwhile(str.isspace, text), strict=True)
-        elif kind == "json":
-            rows = json.load(file)
-            need(not isinstance(rows, dict), f"{path}: must hold one list; a file with a row a line is .jsonl")
-        for line, row in enumerate(rows, 1):
-            if kind == "jsonl":  # lines as bytes, so that only a newline ends one
-                if not row.strip(b"\xef\xbb\xbf \t\r\n"):
-                    continue
-                row = json.loads(row)
-            elif kind == "csv":
-                need(None not in row, f"{path}:row {line}: more cells than columns; quote cells that hold commas")
-                row = {name: cell for name, cell in row.items() if cell}
-            count += 1
-            yield f"{path}:{unit}{line}", row
-    except UserError:
-        raise
-    except Exception as error:  # gzip, csv, json and Arrow each have their own; not by explain, for the line moves on
-        place = f"{path}:{unit}{line}: here or after it not valid {kind}, or not UTF-8"
-        raise UserError(f"{place} ({one_line(error)}); mend the file or write it again") from None
-    need(count, f"{path}: holds no rows; a row has prompt, chosen and rejected")
-
-def read_text(value, name, where, blank=False):
-    need(isinstance(value, str), f"{where}: {name} is missing, or is not text")
-    need(blank or value.strip(), f"{where}: {name} is blank; give it text or take the row out")
-    need(not re.search("[\ud800-\udfff]", value), f"{where}: {name} holds what is no character; save it as UTF-8")
-    return value
-
-def read_messages(value, name, where, last=None):
-    """A list of {role, content}, its last message by the role last; or a text, as it is."""
-    if not isinstance(value, list):
-        return read_text(value, name, where)
-    need(all(isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") for m in value),
-         f"{where}: {name}: a message needs a role, one of system, user and assistant")
-    need(not last or value and value[-1]["role"] == last, f"{where}: {name} must end with a message of the {last}'s")
-    return [{"role": message["role"], "content": read_text(message.get("content"), f"{name}: content", where,
-                                                           blank=message is not value[-1])} for message in value]
-
-def read_pair(row, where):
-    """A row of any known format -> a pair."""
-    need(isinstance(row, dict), f"{where}: a row is an object with chosen and rejected, not {type(row).__name__}")
-    chosen, rejected = (read_messages(row.get(side), side, where, "assistant") for side in SIDES)
-    need(type(chosen) is type(rejected), f"{where}: chosen and rejected must both be texts, or both lists of messages")
-    prompt, shared = row.get("prompt"), []
-    if isinstance(chosen, list):
-        need(chosen[:-1] == rejected[:-1], f"{where}: chosen and rejected must be the same up to their last message")
-        shared, chosen, rejected = chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
-    if prompt is None and "instruction" in row:
-        extra = read_text(row.get("input") or "", "input", where, blank=True)
-        prompt = read_text(row["instruction"], "instruction", where) + f"\n\n{extra}" * bool(extra.strip())
-    elif prompt is None and "question" in row:
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        prompt = [*system, {"role": "user", "content": row["question"]}]
-    elif prompt is None and isinstance(row["chosen"], str):  # it is what both begin with; Anthropic HH marks its end
-        prompt = os.path.commonprefix([chosen, rejected])
-        turns, mark, _ = prompt.rpartition("\n\nAssistant:")
-        prompt = turns + mark or prompt
-        chosen, rejected = (read_text(text[len(prompt):], "what follows the shared beginning", where)
-                            for text in (chosen, rejected))
-    if isinstance(prompt, list):
-        prompt = read_messages(prompt, "prompt", where)
-        if shared[-1:] == prompt[-1:]:  # one repeats the other, perhaps without its system message
-            shared = max(prompt, shared, key=len)
-        elif shared[:len(prompt)] != prompt:
-            shared = prompt + shared
-    elif prompt is not None:  # a text beside message lists is repeated in them (UltraFeedback)
-        read_text(prompt, "prompt", where)
-    pair = {"prompt": read_messages(shared or prompt, "prompt", where, "user"),
-            "chosen": chosen, "rejected": rejected, "where": where}
-    for name, size in ("chosen_errors", len(chosen)), ("rejected_errors", len(rejected)):
-        if row.get(name) is not None:
-            need(isinstance(row[name], list) and all(
-                isinstance(span, list) and [type(end) for end in span] == [int, int] and 0 <= span[0] < span[1] <= size
-                for span in row[name]), f"{where}: {name} must be a list of [start, end), from 0 to {size}")
-            pair[name] = row[name]
-    if row.get("keywords") is not None:
-        need(isinstance(row["keywords"], list), f"{where}: keywords must be a list of words")
-        pair["keywords"] = [read_text(word, "a keyword", where) for word in row["keywords"]]
-    return pair
-
-# The layout of a base model, which has no chat template of its own. It is saved with the trained model.
-PLAIN_TEMPLATE = ("{% for m in messages %}{{ m['role'] | capitalize }}:\n{{ m['content'] }}"
-                  "{{ eos_token if m['role'] == 'assistant' }}\n\n{% endfor %}"
-                  "{% if add_generation_prompt %}Assistant:\n{% endif %}")
-
-def as_messages(prompt):
-    """A prompt as messages: a list stays, Anthropic HH text becomes its turns, any other text one user message."""
-    if not isinstance(prompt, str):
-        return prompt
-    turns = re.split(r"\n\n(Human|Assistant):", prompt)
-    if prompt.startswith("\n\nHuman:") and turns[-2:] == ["Assistant", ""]:
-        return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()}
-                for who, said in zip(turns[1:-2:2], turns[2:-2:2])]
-    return [{"role": "user", "content": prompt}]
-
-def render(tokenizer, messages, **options):
-    """The messages in the model's template, as text; where the template refuses a system role, the user says it."""
-    if not tokenizer.chat_template:  # a base model; its BOS, if its tokenizer would write one, the layout writes
-        begins = tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        tokenizer.chat_template = "{{ bos_token }}" * bool(begins) + PLAIN_TEMPLATE
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:  # some templates tell the date: a run must be the same tomorrow
-        options["chat_template"] = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # jinja has many
-        if messages[0]["role"] != "system" or len(messages) < 2:
-            raise ValueError(f"the chat template refuses it: {one_line(error)}") from None
-        user = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-        return render(tokenizer, [user, *messages[2:]], **options)
-
-def prompt_ids(tokenizer, messages):
-    # the template writes the BOS if the model wants one; a second by the tokenizer is a classic mistake
-    text = render(tokenizer, messages, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-def end_token(tokenizer):
-    """The id that the model's own template writes after an assistant turn, else eos."""
-    turn = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "☃"}])
-    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    after = tokenizer(turn.rpartition("☃")[2], add_special_tokens=False)["input_ids"]
-    return next((token for token in after if token in special), tokenizer.eos_token_id)
-
-def response_ids(tokenizer, text, end):
-    """Ids of the response on its own, then exactly one end token: no merge across its boundary, no prompt needed."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    while ids and ids[-1] == end:
-        ids.pop()
-    return ids + [end]
-
-def good_tokens(tokenizer, text, spans):
-    """-> for every token of text (end token not included) whether it overlaps no error span."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return [not any(a < end and start < b for start, end in spans) for a, b in offsets]
-
-def encode(tokenizer, pairs, max_length, style=None):
-    """-> (pairs with int32 arrays of token ids, a report in words of what was dropped).
-
-    Adds prompt_ids, chosen_ids, rejected_ids, with a style chosen_better_ids and so on (both sides, both contrastive
-    prompts), with error spans chosen_good and rejected_good. A pair is dropped if its responses are the same, or if
-    its longest prompt and response have more than max_length tokens together: a cut could change who won."""
-    end, encoded, dropped = end_token(tokenizer), [], collections.Counter()
-    for pair in bar(pairs, desc="encode", unit=" pairs"):
-        messages = as_messages(pair["prompt"])
-        with explain(f"{pair['where']}: cannot be encoded", "take the row out"):  # such as roles that do not alternate
-            prompts = {"prompt_ids": prompt_ids(tokenizer, messages)}
-            for side in SIDES if style else ():
-                for form, text in zip(("better", "worse"), contrastive_prompts(messages, pair[side], style)):
-                    prompts[f"{side}_{form}_ids"] = prompt_ids(tokenizer, text)
-        responses = {f"{side}_ids": response_ids(tokenizer, pair[side], end) for side in SIDES}
-        if responses["chosen_ids"] == responses["rejected_ids"]:
-            dropped["chosen and rejected are the same"] += 1
-        elif max(map(len, prompts.values())) + max(map(len, responses.values())) > max_length:
-            dropped[f"longer than {max_length} tokens"] += 1
-        else:  # the labels end where response_ids took end tokens off the text
-            good = {f"{side}_good": good_tokens(tokenizer, pair[side], pair[f"{side}_errors"])
-                    [:len(responses[f"{side}_ids"]) - 1] for side in SIDES if f"{side}_errors" in pair}
-            ids = {name: np.array(value, np.int32) for name, value in {**prompts, **responses}.items()}
-            encoded.append({**pair, **ids, **good})
-    return encoded, "; ".join(f"{count} dropped: {what}" for what, count in dropped.items())
+bar = partial(tqdm, delay=2, leave=False, disable=None)  # after two seconds, in a terminal
 
 
-# -------------------------------------------------------------------------------------------------- 5 log-probs
-def response_logps(model, prompts, responses):
-    """log π(y_t | prompt, y_<t) of each response. Two lists of B lists of ids -> (logps, mask), each (B, T), float32.
+def visible(text):
+    """The text with its control characters spelled out: a terminal would obey them."""
+    acting = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    kept = "\n\u200c\u200d"  # the last two join or part letters and emoji
 
-    With model.shares_prompts (see share_prompts) all rows lie in one row without padding, sorted, and what a row has
-    in common with the row before it is computed once: a prompt for both of its responses, an instruction for all. The
-    tokens then form a tree written in depth-first order, so "j is an ancestor of i" is: j ≤ i < end of j's subtree.
-    Without it every row is computed by itself."""
-    device = next(model.parameters()).device
-    rows = [prompt + response for prompt, response in zip(prompts, responses)]
+    def spelled(character):
+        acts = unicodedata.category(character) in acting and character not in kept
+        return repr(character)[1:-1] if acts else character
+
+    return "".join(map(spelled, str(text)))
+
+
+def say(text, file=None):
+    """Print a line, whatever the text holds and whatever standard output has become."""
+    stream = file or sys.stdout
+    with contextlib.suppress(ValueError, AttributeError):  # closed, or None
+        text, encoding = visible(text), getattr(stream, "encoding", None) or "utf-8"
+        tqdm.write(text.encode(encoding, "replace").decode(encoding), file=stream)
+
+
+# -------------------------------------------------------------------------------------- 4 log-probs
+# From a language model, prompts and responses (lists of token ids) to the log-probability of every
+# response token. Nothing outside this section knows about offsets, packing or attention masks.
+#
+# Rows that begin alike share their beginning: it is computed once. The prompt "Name a bird." with
+# the responses "A crow." and "A bat." becomes a tree, written depth first into one row of nodes:
+#
+#     node       0      1    2       3    4       5
+#     token      Name   a    bird.   A    crow    bat
+#     position   0      1    2       3    4       4       what the model takes for its place
+#     end        6      6    6       6    5       6       one past the last descendant
+#     predicts                A      crow  .       .
+#                                    bat
+#
+# A node attends to its ancestors and to itself, and node i is an ancestor of j if i < j < end of i.
+# So "bat" does not see "crow" (4 < 5, but end of 4 is 5). The last token of a response is
+# predicted and never read: nothing follows it.
+
+
+def depth_first(rows):
+    """Sorted lists of ids -> (ids, positions, ends) of the nodes, and the nodes of each row."""
+    ids, positions, ends, paths = [], [], [], []
+    before, path = [], []
+    for row in rows:
+        shared = len(os.path.commonprefix([before, row]))  # of any sequences, not of paths alone
+        new = range(len(ids), len(ids) + len(row) - shared)
+        ids += row[shared:]
+        positions += range(shared, len(row))
+        ends += [0] * len(new)
+        path = [*path[:shared], *new]
+        for node in path:
+            ends[node] = len(ids)
+        paths.append(path)
+        before = row
+    return ids, positions, ends, paths
+
+
+def one_pass(model, prompts, responses):
+    """One forward pass over the tree of these rows. -> log-probs (T,) of each response, a tuple."""
+    rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
     order = sorted(range(len(rows)), key=rows.__getitem__)
-    found = [None] * len(rows)
-    for group in [order] if getattr(model, "shares_prompts", False) else [[i] for i in order]:
-        ids, positions, ends, sources, targets, path, before = [], [], [], [], [], [], []
-        for i in group:
-            shared = len(os.path.commonprefix([rows[i], before]))
-            path = path[:shared] + list(range(len(ids), len(ids) + len(rows[i]) - shared))  # the row's nodes
-            positions += range(shared, len(rows[i]))
-            ids += rows[i][shared:]
-            ends += [0] * (len(rows[i]) - shared)
-            for node in path:
-                ends[node] = len(ids)
-            sources += path[len(prompts[i]) - 1:-1]  # the node that predicts response token t
-            targets += responses[i]
-            before = rows[i]
-        response_logps.positions += len(ids)
-        ids, positions, ends, sources, targets = (
-            torch.tensor(values, device=device) for values in (ids, positions, ends, sources, targets))
-        tree = {}
-        if len(group) > 1:
-            node = torch.arange(len(ids), device=device)
-            sees = (node[:, None] >= node) & (node[:, None] < ends)
-            tree = {"position_ids": positions[None], "attention_mask": sees[None, None]}
-        # the output head is most of a small model: only positions that predict a response token go through it
-        keep = {"logits_to_keep": sources} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        logits = model(input_ids=ids[None], use_cache=False, **keep, **tree).logits[0]
-        logits = logits if keep else logits[sources]
-        logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # float32 also where logits are bfloat16
-        for i, values in zip(group, logps.split([len(responses[i]) for i in group])):
-            found[i] = values
-    mask = pad_sequence([torch.ones(len(response), dtype=torch.bool) for response in responses], batch_first=True)
-    return pad_sequence(found, batch_first=True), mask.to(device)
+    ids, positions, ends, paths = depth_first([rows[i] for i in order])
+    paths = dict(zip(order, paths, strict=True))
+    sources, targets = [], []
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        sources += paths[i][len(prompt) - 1 :]  # the nodes that predict the response's tokens
+        targets += response
 
-response_logps.positions = 0  # computed so far, for the token counts in summary.json
+    tensor = partial(torch.tensor, device=next(model.parameters()).device)
+    inputs = {"input_ids": tensor([ids]), "use_cache": False}
+    if len(rows) > 1:
+        node, end = tensor(range(len(ids))), tensor(ends)
+        sees = (node <= node[:, None]) & (node[:, None] < end)
+        # numbers, not booleans: some architectures add the mask to the scores
+        mask = torch.where(sees, 0.0, torch.finfo(torch.float32).min)
+        inputs |= {"attention_mask": mask[None, None], "position_ids": tensor([positions])}
+    # the output head is most of a small model: it runs only where a response token is predicted
+    sources, targets = tensor(sources), tensor(targets)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA's wrapper
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        logits = model(**inputs, logits_to_keep=sources).logits[0]
+    else:
+        logits = model(**inputs).logits[0, sources]
+    # float32, also where logits are bfloat16
+    logps = -F.cross_entropy(logits.float(), targets, reduction="none")
+    return logps.split([len(response) for response in responses])
+
+
+def response_logps(model, prompts, responses):
+    """log π(y_t | x, y_<t) of each response after its prompt. -> (logps, mask), (B, T) each.
+
+    prompts, responses: two lists of B lists of token ids, none empty. logps is float32, with zeros
+    in the padding; mask is bool. With the attribute model.shares_prompts, which annotate sets, all
+    rows go through one pass and share their beginnings; without it each row goes by itself.
+    """
+    if getattr(model, "shares_prompts", False):
+        logps = one_pass(model, prompts, responses)
+    else:
+        pairs = zip(prompts, responses, strict=True)
+        logps = [one_pass(model, [prompt], [response])[0] for prompt, response in pairs]
+    mask = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in logps]
+    return pad_sequence(logps, batch_first=True), pad_sequence(mask, batch_first=True)
+
+
+def full_attention(model, length):
+    """Does every layer attend to all earlier tokens, whatever else is in the row, and to no state?
+
+    Read from the architecture, for rows of at most length tokens; when in doubt, False.
+    """
+    config = model.config.get_text_config()
+    settings = config.to_dict()
+    # a state runs through the row, from one response into the next; so does a convolution
+    if getattr(model, "_is_stateful", False):
+        return False
+    if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
+        return False
+    # other kinds of layers, or a window that a row does not fit into
+    kinds = {*(settings.get("layer_types") or ())}
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return False
+    suffixes = ("window", "window_size", "window_len", "attention_chunk_size")
+    windows = [value for name, value in settings.items() if name.endswith(suffixes)]
+    windowed = any(isinstance(window, int) and 0 < window < length for window in windows)
+    if windowed and settings.get("use_sliding_window", True):
+        return False
+    # positions that are turned by an angle which depends on the longest row
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    types = {part.get("rope_type", part.get("type", "default")) for part in ropes}
+    return types <= {"default", "linear", "llama3", "yarn"}
+
 
 @torch.no_grad()
-def share_prompts(model, pairs):
-    """Turn prompt sharing on, unless it changes the log-probs of the longest pair, as it does where attention is more
-    than a mask can say (sliding windows, recurrent layers). -> (largest change in nats, seconds per position)."""
-    responses = [f"{side}_ids" for side in SIDES]
-    pair = max(pairs, key=lambda pair: max(pair[name].size for name in responses) + max(
-        ids.size for name, ids in pair.items() if name.endswith("_ids") and name not in responses))
-    prompts, responses = [pair["prompt_ids"].tolist()] * 2, columns([pair], "ids")
-    if "chosen_better_ids" in pair:
-        prompts, responses = prompts + columns([pair], "better_ids"), responses * 2
-    start, before = time.perf_counter(), response_logps.positions
-    model.shares_prompts = False
-    separate, _ = response_logps(model, prompts, responses)
-    model.shares_prompts = True
+def sharing_is_exact(model, prompts, responses):
+    """May these rows share their beginnings? By the architecture, and by computing both ways."""
+    length = max(map(len, prompts)) + max(map(len, responses))
+    if not full_attention(model, length):
+        return False
+    alone = [one_pass(model, [x], [y])[0] for x, y in zip(prompts, responses, strict=True)]
     try:
-        error = (response_logps(model, prompts, responses)[0] - separate).abs().max().item()
-    except (TypeError, ValueError, RuntimeError, IndexError):  # a model that takes no such mask
-        error = math.inf
-    model.shares_prompts = error < 1e-3
-    return error, (time.perf_counter() - start) / (response_logps.positions - before)
+        together = one_pass(model, prompts, responses)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, AssertionError, AttributeError):
+        return False  # a model that takes no such mask or positions
+    return all(
+        torch.allclose(a, b, rtol=0, atol=1e-3) for a, b in zip(alone, together, strict=True)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- 6 annotate
-PACK = 1024  # tokens in one forward pass: enough to keep a processor busy, and memory grows with it
+# --------------------------------------------------------------------------------------- 5 annotate
+# From preference pairs to annotated pairs: with the reference's log-probs and with token rewards.
+# The reference is the policy before its first step, so one copy of the weights serves both.
 
-def packs(pairs, size, limit=PACK):
-    """Cut pairs into runs of at most size pairs and about limit tokens: what one forward pass takes."""
+
+@dataclass
+class Response:
+    """A response and what is known of its tokens; T of them, the last one the end token."""
+
+    message: dict  # {"role": "assistant", "content": its text} and perhaps thoughts, tool calls
+    errors: list | None = None  # labelled spans [start, end) of bad text, in characters
+    # set by encode
+    ids: torch.Tensor | None = None  # (T,) int32
+    prompt_ids: torch.Tensor | None = None  # what stands before the response: x
+    better_ids: torch.Tensor | None = None  # x_better
+    worse_ids: torch.Tensor | None = None  # x_worse
+    good: torch.Tensor | None = None  # (T,) bool: outside all labelled errors; None without labels
+    # set by annotate
+    ref_logps: torch.Tensor | None = None  # (T,) float32: log π_ref
+    token_rewards: torch.Tensor | None = None  # (T,) float32: r̂
+    # set by evaluate
+    credit: torch.Tensor | None = None  # (T,) float32: learned credit, log π − log π_ref
+
+    @property
+    def text(self):
+        return self.message["content"]
+
+
+@dataclass
+class Pair:
+    """A prompt and two responses, of which the first is preferred."""
+
+    prompt: list  # messages {"role", "content"}; the last one is the user's
+    chosen: Response
+    rejected: Response
+    where: str = ""  # file and line, for messages
+    tools: list | None = None  # function descriptions for the chat template
+    answers: list | None = None  # accepted answers, for exact match
+    # set by evaluate
+    correct: float | None = None  # 1 if the chosen response has the higher reward, a tie is ½
+    samples: list = field(default_factory=list)  # responses drawn from the model
+    score: float | None = None  # mean judgement of the samples
+
+
+def sides(pairs):
+    """The chosen responses of all pairs, then the rejected ones: the order of rows in a batch."""
+    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+
+
+def copied(pair):
+    """A copy of the pair whose responses can be written to; what they hold is shared."""
+    return replace(pair, chosen=replace(pair.chosen), rejected=replace(pair.rejected))
+
+
+def id_lists(responses, name):
+    """An attribute that holds token ids, of all responses, as lists."""
+    return [getattr(response, name).tolist() for response in responses]
+
+
+def end_tokens(pairs):
+    """The ids of the end tokens of all responses: mostly one, a tool call may have another."""
+    return sorted({response.ids[-1].item() for response in sides(pairs)})
+
+
+def stacked(responses, name, device):
+    """An attribute of all responses as one (B, T) tensor with zeros in the padding."""
+    rows = [getattr(response, name) for response in responses]
+    return pad_sequence(rows, batch_first=True).to(device)
+
+
+def unstacked(responses, name, values):
+    """Write the rows of (B, T) values, without their padding, to an attribute of the responses."""
+    for response, row in zip(responses, values.float().cpu(), strict=True):
+        setattr(response, name, row[: len(response.ids)].clone())
+
+
+def packs(pairs, limit):
+    """Cut pairs into runs of about limit tokens: what one forward pass takes."""
     pack, tokens = [], 0
     for pair in pairs:
-        length = len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
-        if pack and (len(pack) == size or tokens + length > limit):
+        chosen, rejected = pair.chosen, pair.rejected
+        length = len(chosen.prompt_ids) + len(chosen.ids) + len(rejected.ids)
+        if pack and tokens + length > limit:
             yield pack
             pack, tokens = [], 0
         pack.append(pair)
@@ -410,670 +448,1268 @@ def packs(pairs, size, limit=PACK):
     if pack:
         yield pack
 
-def columns(pairs, name):
-    """The chosen_* column of all pairs, then the rejected_* column, as lists."""
-    return [pair[f"{side}_{name}"].tolist() for side in SIDES for pair in pairs]
 
-def padded(pairs, name, device):
-    """The same as one float32 tensor (2B, T), chosen rows first, zeros in the padding."""
-    return pad_sequence([torch.tensor(row) for row in columns(pairs, name)], batch_first=True).to(device)
+def policy_logps(model, pairs, dtype):
+    """log π of both responses after the prompt, in the precision of training. -> (2B, T) × 2."""
+    responses = sides(pairs)
+    # The weights stay float32, or a step of 5e-7 would be rounded away; bf16 is for products only.
+    # Without autocast's cache, which would be a second copy of the weights.
+    with torch.autocast(
+        model.device.type, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=False
+    ):
+        return response_logps(model, id_lists(responses, "prompt_ids"), id_lists(responses, "ids"))
 
-def set_columns(pairs, name, values):
-    """Write (2B, T) values, chosen rows first, into the pairs without their padding."""
-    values = iter(values.float().cpu().numpy())
-    for side in SIDES:
-        for pair in pairs:
-            pair[f"{side}_{name}"] = next(values)[:len(pair[f"{side}_ids"])].copy()
 
-def plain_logps(model, pairs, dtype):
-    """-> (logps, mask), each (2B, T), of both responses after the plain prompt, in the precision of the training."""
-    # weights stay float32, so that an update of 5e-7 is not rounded away; cached casts would be a second copy of them
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=False):
-        return response_logps(model, [pair["prompt_ids"].tolist() for pair in pairs] * 2, columns(pairs, "ids"))
+def contrastive_logps(model, pairs):
+    """log π_eval of both responses after the better, then after the worse prompt. -> (4B, T)."""
+    responses = sides(pairs)
+    prompts = id_lists(responses, "better_ids") + id_lists(responses, "worse_ids")
+    return response_logps(model, prompts, id_lists(responses, "ids") * 2)[0]
+
+
+def scored_rows(pair):
+    """All rows that are scored for a pair. -> [(ids of a prompt, ids of a response)], as lists."""
+    rows = []
+    for response in (pair.chosen, pair.rejected):
+        for prompt in (response.prompt_ids, response.better_ids, response.worse_ids):
+            if prompt is not None:
+                rows.append((prompt.tolist(), response.ids.tolist()))
+    return rows
+
+
+def may_share(model, pairs):
+    """sharing_is_exact for the pair with the longest row: what goes wrong grows with the length."""
+    longest = max(pairs, key=lambda pair: max(len(x) + len(y) for x, y in scored_rows(pair)))
+    prompts, responses = zip(*scored_rows(longest), strict=True)
+    return sharing_is_exact(model, prompts, responses)
+
 
 @torch.no_grad()
-def annotate(model, tokenizer, pairs, style="answer", reward_model=None, batch_size=8, max_length=1024, dtype="fp32"):
-    """-> the pairs, encoded, with chosen_ and rejected_ ref_logps and token_rewards: float32 arrays of (T,).
+def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **changes):
+    """-> encoded copies of the pairs with ref_logps and token_rewards, for train or other trainers.
 
-    model: the untrained policy. style: a contrastive pair (see contrastive_prompts), or None for token rewards of 0.
-    reward_model: π_eval, if it is not the reference itself. Reference log-probs are computed in dtype as training
-    does, so that π = π_ref at its start; token rewards in float32, because σ of a bfloat16 error is an error."""
-    if pairs and "prompt_ids" not in pairs[0]:
-        pairs, dropped = encode(tokenizer, pairs, max_length, style)
-        if dropped:
-            print(f"annotate: {dropped}")
-    pairs, scorer = [dict(pair) for pair in pairs], reward_model or model
-    for each in (model, scorer):
-        if not hasattr(each, "shares_prompts") and pairs:  # a command line has checked on all its pairs
-            share_prompts(each, pairs)
+    model: the untrained policy. pairs: from load_pairs, or encoded.
+    reward_model: π_eval, a language model with the same tokenizer; without it the model itself.
+    settings, changes: it uses prompts, token_rewards, alpha, dtype, max_length, pass_tokens and
+    seed. With alpha 0 no contrastive prompt is read, and token rewards are 0.
+    """
+    s = resolve(settings, model, **changes)
+    contrastive = s.alpha > 0 and s.token_rewards != "sft"
+    if any(pair.chosen.ids is None for pair in pairs):
+        pairs = encode(
+            tokenizer, pairs, read_prompts(s.prompts) if contrastive else None, s.max_length
+        )
+    ready = not contrastive or all(pair.chosen.better_ids is not None for pair in pairs)
+    need(ready, "the pairs are encoded without contrastive prompts; give encode a style")
+    pairs = [copied(pair) for pair in pairs]
+    scorer = reward_model or model
+    for each in (model, scorer) if pairs else ():
+        # once False it stays False: an earlier call may have seen longer rows
+        if getattr(each, "shares_prompts", True):
+            each.shares_prompts = may_share(each, pairs)
+            if not each.shares_prompts:
+                say("note: this architecture cannot share prompts: each response is computed alone")
     with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
-        for pack in packs(pairs, batch_size, PACK // 3):  # the contrastive prompts are about twice as much again
-            ref_logps, mask = plain_logps(model, pack, dtype)
+        for pack in packs(pairs, s.pass_tokens // 3):  # each response has three prompts here
+            responses = sides(pack)
+            ref_logps, mask = policy_logps(model, pack, s.dtype)
             rewards = torch.zeros_like(ref_logps)
-            if style:
-                prompts = columns(pack, "better_ids") + columns(pack, "worse_ids")
-                logps, _ = response_logps(scorer, prompts, columns(pack, "ids") * 2)
-                rewards = token_rewards(*logps.chunk(2), mask)
-            set_columns(pack, "ref_logps", ref_logps)
-            set_columns(pack, "token_rewards", rewards)
+            if contrastive:
+                # float32 always: σ of a bfloat16 error is an error
+                better, worse = contrastive_logps(scorer, pack).chunk(2)
+                rewards = token_rewards(better, worse, mask)
+            unstacked(responses, "ref_logps", ref_logps)
+            unstacked(responses, "token_rewards", rewards)
             done.update(len(pack))
-    return pairs
+    # a token of probability 0 makes a loss that is not finite
+    kept = [pair for pair in pairs if all(r.ref_logps.isfinite().all() for r in sides([pair]))]
+    if len(kept) < len(pairs):
+        say(f"{len(pairs) - len(kept)} pairs dropped: the model gives a token probability 0")
+    return kept if s.token_rewards == "dpo" else change_rewards(kept, s.token_rewards, s.seed)
 
-def replace_rewards(model, pairs, count, s):
-    """-> pairs with the token rewards of a variant of the paper's, "sft" or "dpo", or of a control, "shuffled" within
-    each response or with the prompts "swapped". "dpo" trains on the first count pairs, and puts the model back."""
-    pairs, rng = [dict(pair) for pair in pairs], np.random.default_rng(s.seed)
-    if s.token_rewards == "dpo":
-        start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-        train(model, pairs[:count], settle(s, model, algorithm="dpo", alpha=0.0))
-        with torch.no_grad():
-            for pack in packs(pairs, s.batch_size):
-                logps, mask = plain_logps(model, pack, s.dtype)
-                set_columns(pack, "token_rewards", token_rewards(logps, padded(pack, "ref_logps", logps.device), mask))
-        model.load_state_dict(start)
-        return pairs
+
+def change_rewards(pairs, kind, seed):
+    """-> copies of the annotated pairs with token rewards of another kind than "contrastive".
+
+    Variants of the paper's: "sft", 1 on the chosen response, 0 on the rejected one; "dpo", those of
+    a model trained with DPO, whose learned credit the pairs hold: σ(log π_DPO − log π_ref) − ½.
+    Controls: "shuffled" within each response; "swapped", as if better and worse were exchanged.
+    """
+    rng = np.random.default_rng(seed)
+    pairs = [copied(pair) for pair in pairs]
+    # pair by pair, so that the first pairs come out the same however many follow
     for pair in pairs:
-        for side in SIDES:
-            hat = pair[f"{side}_token_rewards"]
-            pair[f"{side}_token_rewards"] = {"contrastive": hat, "sft": np.full_like(hat, side == "chosen"),
-                                             "shuffled": rng.permutation(hat), "swapped": -hat}[s.token_rewards]
+        for response in (pair.chosen, pair.rejected):
+            hat = response.token_rewards
+            if kind == "sft":
+                response.token_rewards = torch.full_like(hat, response is pair.chosen)
+            elif kind == "shuffled":
+                response.token_rewards = hat[rng.permutation(len(hat))]
+            elif kind == "swapped":
+                response.token_rewards = -hat
+            elif kind == "dpo":
+                response.token_rewards = torch.sigmoid(response.credit) - 0.5
     return pairs
 
-def pair_accuracy(pairs):
-    """-> (share of pairs whose chosen response has the higher mean r̂, ties ½; low and high of its 95 % interval)."""
-    gaps = np.array([pair["chosen_token_rewards"].mean() - pair["rejected_token_rewards"].mean() for pair in pairs])
-    p, n, z = np.mean((gaps > 0) + 0.5 * (gaps == 0)), len(gaps), 1.96  # the interval is Wilson's
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    return p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
+# ------------------------------------------------------------------------------------------ 6 train
+# From annotated pairs to a trained model, in place: the loss of a batch, the schedule, the loop.
 
-# ------------------------------------------------------------------------------------------------------- 7 train
-METRICS = ("loss", "margin", "accuracy", "weight", "agreement", "chosen_logps", "rejected_logps")
 
 def losses(model, pairs, s):
-    """-> (loss (B,), METRICS of each pair (B, 7), learned credit log π − log π_ref (2B, T), chosen rows first)."""
-    logps, mask = plain_logps(model, pairs, s.dtype)
-    ref_logps, hats = (padded(pairs, name, logps.device) for name in ("ref_logps", "token_rewards"))
-    # an algorithm is its implicit rewards: all that follows is the same
-    rewards = (dpo_rewards(logps, ref_logps, mask, s.beta) if s.algorithm == "dpo"
-               else simpo_rewards(logps, mask, s.beta))
+    """-> (loss (B,), {metric: values (B,)}, learned credit log π − log π_ref (2B, T)).
+
+    Rows of the credit are the chosen responses, then the rejected ones.
+    """
+    logps, mask = policy_logps(model, pairs, s.dtype)
+    responses = sides(pairs)
+    ref_logps = stacked(responses, "ref_logps", logps.device)
+    hats = stacked(responses, "token_rewards", logps.device)
+
+    # an algorithm is its implicit token rewards; all that follows is the same
+    if s.algorithm == "dpo":
+        rewards = dpo_rewards(logps, ref_logps, mask, s.beta)
+    elif s.algorithm == "simpo":
+        rewards = simpo_rewards(logps, mask, s.beta)
+    else:
+        raise ValueError(f"no such algorithm: {s.algorithm!r}")
     loss, margin = treg_loss(*rewards.chunk(2), *hats.chunk(2), s.alpha, s.gamma, s.weighting)
-    accuracy = 0.5 + 0.5 * torch.sign(margin + s.gamma)  # is the chosen response's reward the higher? a tie counts ½
-    agreement = sum((rewards * hats).sum(-1).chunk(2))
-    metrics = loss, margin, accuracy, torch.sigmoid(-margin), agreement, *logps.sum(-1).chunk(2)  # as in METRICS
-    return loss, torch.stack(metrics, 1).detach(), logps.detach() - ref_logps
+
+    weight = torch.sigmoid(-margin) if s.weighting == "sequence" else torch.full_like(margin, 0.5)
+    chosen_agreement, rejected_agreement = (rewards * hats).sum(-1).chunk(2)
+    chosen_logps, rejected_logps = logps.sum(-1).chunk(2)
+    metrics = {
+        "loss": loss,
+        "margin": margin,
+        "accuracy": 0.5 + 0.5 * torch.sign(margin + s.gamma),  # which reward is higher; a tie is ½
+        "weight": weight,
+        "agreement": chosen_agreement + rejected_agreement,
+        "chosen_logps": chosen_logps,
+        "rejected_logps": rejected_logps,
+    }
+    metrics = {name: values.detach() for name, values in metrics.items()}
+    return loss, metrics, (logps - ref_logps).detach()
+
 
 def schedule(step, total):
-    """Share of the learning rate: 10 % linear warm-up, then half a cosine down to 0, as the paper has it."""
+    """Share of the peak learning rate: 10 % linear warm-up, then half a cosine, as in the paper."""
     warmup = max(1, round(0.1 * total))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
 
-def train(model, pairs, s, out=None):
-    """Train model in place on annotated pairs. With a folder out: metrics.jsonl, checkpoints, and going on from one.
-    A step is the mean over batch_size × accumulate pairs, in any number of passes. -> a dict of metrics a step."""
-    per_step = s.batch_size * s.accumulate
-    per_epoch = math.ceil(len(pairs) / per_step)
-    total = s.steps or s.epochs * per_epoch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0, fused=True)
-    history = resume(out, model, optimizer) if out else []
-    first = len(history)
-    steps = bar(range(first, total), desc="train", unit=" steps", initial=first, total=total)
-    with stop_requests() as asked, steps:
+
+def take_step(model, optimizer, batch, s, lr):
+    """One optimiser step on the mean loss of the batch. -> the means of its metrics, a dict.
+
+    UserError: loss or gradient are not finite; then no step is taken.
+    """
+    totals = 0
+    for pack in packs(batch, s.pass_tokens):
+        loss, metrics, _ = losses(model, pack, s)
+        (loss.sum() / len(batch)).backward()
+        totals = totals + torch.stack([*metrics.values()]).sum(1)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    row = dict(zip(metrics, (totals / len(batch)).tolist(), strict=True))
+    if not math.isfinite(row["loss"] + norm):
+        where = ", ".join(pair.where for pair in batch)
+        values = f"loss {row['loss']:.4g}, gradient norm {norm:.4g}, learning rate {lr:.2g}"
+        raise UserError(f"not finite: {values}, pairs {where}; {DIVERGED}")
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return {**row, "grad_norm": norm, "lr": lr}
+
+
+DIVERGED = "begin again with a smaller --lr and another --out"
+
+
+def batch_of(step, pairs, s):
+    """The pairs of a step: a function of seed and step, so a resumed run needs no random state."""
+    epoch, place = divmod(step, math.ceil(len(pairs) / s.batch_size))
+    generator = torch.Generator().manual_seed(s.seed + epoch)
+    order = torch.randperm(len(pairs), generator=generator).tolist()
+    return [pairs[i] for i in order[place * s.batch_size : (place + 1) * s.batch_size]]
+
+
+def train(model, pairs, settings=None, out=None, heldout=(), **changes):
+    """Train model in place on annotated pairs. -> one dict of metrics for each step.
+
+    settings, changes: it uses those of the loss and of training. heldout: annotated pairs on which
+    accuracy and margin are measured five times. out: a folder for metrics.jsonl and checkpoint.pt;
+    if it has a checkpoint, training goes on from there.
+    UserError: loss, gradient or weights are not finite any more.
+    """
+    s = resolve(settings, model, **changes)
+    total = s.epochs * math.ceil(len(pairs) / s.batch_size)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=s.lr, weight_decay=0.0, fused=True)
+    history = load_checkpoint(Path(out), model, optimizer) if out else []
+    saved = len(history)
+    steps = bar(range(saved, total), desc="train", unit=" steps", initial=saved, total=total)
+    try:
         for step in steps:
-            epoch, place = divmod(step, per_epoch)
-            if step == first or place == 0:  # a function of seed and epoch: a resumed run needs no random state
-                order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed + epoch)).tolist()
-            batch = [pairs[i] for i in order[place * per_step:(place + 1) * per_step]]
-            sums = 0
-            for pack in packs(batch, s.batch_size):
-                loss, metrics, _ = losses(model, pack, s)
-                (loss.sum() / len(batch)).backward()
-                sums += metrics.sum(0)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-            row = {"step": step + 1, **dict(zip(METRICS, (sums / len(batch)).tolist())), "grad_norm": norm,
-                   "lr": s.lr * schedule(step, total)}
-            need(math.isfinite(row["loss"] + norm), f"step {step + 1}: loss {row['loss']}, gradient norm {norm}; lower "
-                 "--lr, or look at " + ", ".join(pair["where"] for pair in batch))
-            optimizer.param_groups[0]["lr"] = row["lr"]
-            optimizer.step()
-            optimizer.zero_grad()
+            batch = batch_of(step, pairs, s)
+            row = {"step": step + 1}
+            row |= take_step(model, optimizer, batch, s, lr=s.lr * schedule(step, total))
+            last = step + 1 == total
+            if last:  # the loss of a next step would tell, but there is none
+                finite = all(weight.isfinite().all() for weight in weights)
+                need(finite, f"the last step left weights that are not finite; {DIVERGED}")
+            if heldout and (last or (step + 1) % math.ceil(total / 5) == 0):
+                metrics, _ = measure(model, heldout, s)
+                row["heldout_accuracy"] = metrics["accuracy"].mean().item()
+                row["heldout_margin"] = metrics["margin"].mean().item()
             history.append(row)
-            steps.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['margin']:.3f}", refresh=False)
-            stop = bool(asked)  # read once: a request that comes after this line waits for the next step
+            steps.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
             if out:
-                with saving(out / "metrics.jsonl"), open(out / "metrics.jsonl", "a") as file:
-                    file.write(as_lines([row]))
-            if out and (stop or (step + 1) % s.save_every == 0 or step + 1 == total):
-                write(out / "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                              "history": history})
-            if stop:
-                raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; go on by --resume --out {s.out}")
-    return history
-
-@contextlib.contextmanager
-def stop_requests():
-    """Within it Ctrl-C and SIGTERM only fill the list that it yields, so that no step is cut in two."""
-    asked, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: asked.append(number)) for number in numbers]
-    try:
-        yield asked
+                append(Path(out) / "metrics.jsonl", row)
+            if out and (last or (step + 1) % s.save_every == 0):
+                save_checkpoint(Path(out), model, optimizer, history)
+                saved = step + 1
+    except KeyboardInterrupt:
+        goes_on = f"; --resume {out} goes on after step {saved} of {total}" if out else ""
+        raise KeyboardInterrupt(f"stopped{goes_on}") from None
+    except UserError as error:
+        kept = f"; {out}/checkpoint.pt has the weights after step {saved}" if out else ""
+        raise UserError(f"step {step + 1}: {error}{kept}") from None
     finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
-
-def saving(path):
-    return explain(f"{path}: not saved", "make room, then --resume: nothing is lost")
-
-def as_lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-def write(path, content):
-    """Write a text, or what torch.save takes, so that at any instant path is whole, the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with saving(path):
-            temporary.write_text(content, "utf-8") if isinstance(content, str) else torch.save(content, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-def read(path, device="cpu"):
-    """-> what write() gave to torch.save. torch.load alone does not see that a bit of it has changed."""
-    if zipfile.ZipFile(path).testzip():
-        raise ValueError("a checksum differs")
-    return torch.load(path, map_location=device, weights_only=True, mmap=True)
-
-def resume(out, model, optimizer):
-    """Load out's checkpoint, if it has one, and let metrics.jsonl end where it does. -> the metrics of each step."""
-    path, history = out / "checkpoint.pt", []
-    if path.exists():
-        with explain(f"{path}: damaged", "without it --resume starts anew"):
-            state = read(path, model.device)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            history = state["history"]
-    write(out / "metrics.jsonl", as_lines(history))
+        steps.close()
     return history
 
 
-# ------------------------------------------------------------------------------------------- 8 evaluate and show
-def credit_auroc(scores, is_good):
-    """Probability that a good token outscores a bad one, ties ½; nan with one class only. Two arrays -> float."""
-    scores, is_good = np.asarray(scores, dtype=float), np.asarray(is_good, dtype=bool)
-    good, bad = scores[is_good], np.sort(scores[~is_good])
-    if not len(good) or not len(bad):
-        return math.nan
-    return float((np.searchsorted(bad, good, "left") + np.searchsorted(bad, good, "right")).mean() / 2 / len(bad))
+@torch.no_grad()
+def measure(model, pairs, s):
+    """-> ({metric: an array with a value for each pair}, copies of the pairs with credit)."""
+    pairs = [copied(pair) for pair in pairs]
+    parts = []
+    for pack in bar(list(packs(pairs, s.pass_tokens)), desc="measure", unit=" passes"):
+        _, metrics, credit = losses(model, pack, s)
+        unstacked(sides(pack), "credit", credit)
+        parts.append(metrics)
+    columns = {name: torch.cat([part[name] for part in parts]).double().cpu() for name in parts[0]}
+    for pair, correct in zip(pairs, columns["accuracy"].tolist(), strict=True):
+        pair.correct = correct
+    return {name: column.numpy() for name, column in columns.items()}, pairs
 
-def auroc(pairs, name):
-    """Credit AUROC of the *_name columns, end token left out: (mean within a response, pooled over all tokens)."""
-    rows = [(pair[f"{side}_{name}"][:-1], pair[f"{side}_good"])  # [:-1]: the end token is in no error span
-            for pair in pairs for side in SIDES if f"{side}_good" in pair]
-    if not rows:
-        return math.nan, math.nan
-    within = [value for value in (credit_auroc(*row) for row in rows) if not math.isnan(value)]
-    return (float(np.mean(within)) if within else math.nan,
-            credit_auroc(*(np.concatenate(column) for column in zip(*rows))))
 
-def judge(pairs):
-    """-> errors(text, keywords) for data whose keywords stand for slots: how many of the keywords text lacks, and at
-    least 1 if its shape, the text with its slots left open, is none of the data's responses'. None without keywords."""
-    if not all("keywords" in pair for pair in pairs):
+# ------------------------------------------------------------------------------------------- 7 data
+# From a file or a hub data set to pairs of texts (load_pairs); from these, a tokenizer and its chat
+# template to pairs of token ids (encode).
+
+
+def load_pairs(source, split="train"):
+    """-> the pairs of one split of a .json, .jsonl, .csv or .parquet file, or of a hub data set.
+
+    A file may be .gz. A row without a split is "train". Says what is left out, and why.
+    UserError: names the rows that cannot be used, or what is wrong with the file.
+    """
+    splits = load_splits(source)
+    for name, pairs in splits.items():
+        if name != split:
+            say(f"{source}: {len(pairs)} rows of split {name} are left out")
+    return splits.get(split, [])
+
+
+def load_splits(source):
+    """The same for every split. -> {split: pairs}."""
+    splits, bad = {}, []
+    prompted, bare = False, []  # does a row have a prompt column? the places of those without
+    for where, row in bar(read_rows(str(source)), desc="read", unit=" rows"):
+        try:
+            row = as_object(row, where)
+            pair = read_pair(row, where)
+        except UserError as error:
+            bad.append(str(error))
+            continue
+        if any(given(row, name) is not None for name in PROMPT_COLUMNS):
+            prompted = True
+        else:
+            bare.append(where)
+        split = given(row, "split")
+        splits.setdefault("train" if split is None else str(split), []).append(pair)
+    if prompted:
+        bad += [f"{where}: has no prompt column, as other rows have" for where in bare]
+    refuse(bad)
+    need(splits, f"{source}: holds no rows to use; a row {WANTED}")
+    return splits
+
+
+def read_rows(source):
+    """Yield (where, row) for each row of a file or of all splits of a hub data set.
+
+    A row is a dict; or the bytes of a line of JSON, so that one bad line does not hide the next.
+    """
+    path, kind = Path(source), source.removesuffix(".gz").rpartition(".")[2]
+    files = ("json", "jsonl", "csv", "parquet")
+    if kind not in files and not path.exists():
+        yield from hub_rows(source)
+        return
+    why = "is a folder" if path.is_dir() else "unknown ending" if path.exists() else "no such file"
+    known = path.is_file() and kind in files
+    need(known, f"{path}: {why}; name a .json, .jsonl, .csv or .parquet file")
+    with explain(f"{path}: not valid {kind}", "mend the file or write it again"):
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        data = data.removeprefix(b"\xef\xbb\xbf")
+        if kind == "parquet":
+            # not by datasets, which takes brackets in a file's name for a pattern
+            rows = parquet.read_table(io.BytesIO(data)).to_pylist()
+            yield from ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1))
+        elif kind == "csv":
+            yield from csv_rows(path, data)
+        elif kind == "json" and not one_row_a_line(data):
+            rows = json.loads(data, object_pairs_hook=without_twins)
+            need(isinstance(rows, list), f"{path}: must hold one list of rows, or a row a line")
+            yield from ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1))
+        else:
+            lines = enumerate(data.split(b"\n"), 1)  # bytes: only a newline ends a line
+            yield from ((f"{path}:{i}", line) for i, line in lines if line.strip())
+
+
+def hub_rows(name):
+    hint = "see whether the name is right and the hub can be reached"
+    with explain(f"--data {name}: no such file, and the hub does not give it", hint):
+        splits = datasets.load_dataset(name)
+    found = ", ".join(splits)
+    need("train" in splits, f"--data {name}: no split train, only {found}; save one as .jsonl")
+    for split, rows in splits.items():
+        for i, row in enumerate(rows, 1):
+            yield f"{name}:{split} row {i}", {**row, "split": split}
+
+
+def csv_rows(path, data):
+    """By the standard library: every cell stays the text that it is, "NA" and "007" too."""
+    csv.field_size_limit(2**31 - 1)
+    lines = io.StringIO(data.decode("utf-8", "surrogateescape").lstrip(), newline="")
+    reader = csv.DictReader(lines, strict=True)
+    twins = [name for name, count in Counter(reader.fieldnames).items() if name and count > 1]
+    need(not twins, f"{path}: has the column {', '.join(twins)} twice; take one of them out")
+    i = 0
+    try:
+        for i, row in enumerate(reader, 1):
+            yield f"{path}:row {i}", row
+    except csv.Error as error:
+        where = f"{path}:row {i + 1}: here or after it not valid csv"
+        raise UserError(f"{where} ({error}); mend its quotes") from None
+
+
+def one_row_a_line(data):
+    """Many tools write JSON Lines into a file that they call .json."""
+    with contextlib.suppress(ValueError):
+        return isinstance(json.loads(data.lstrip().partition(b"\n")[0]), dict)
+    return False
+
+
+def without_twins(items):
+    """An object of JSON as a dict. A name that stands twice says two things."""
+    twins = [name for name, count in Counter(name for name, _ in items).items() if count > 1]
+    if twins:
+        raise ValueError(f"the name {', '.join(twins)} stands twice")
+    return dict(items)
+
+
+def as_object(row, where):
+    """A row, or a line of JSON, as a dict."""
+    if isinstance(row, bytes):
+        with explain(f"{where}: not valid JSON, or not UTF-8", "mend the line or take it out"):
+            row = json.loads(row, object_pairs_hook=without_twins)
+    need(isinstance(row, dict), f"{where}: a row is an object; it {WANTED}")
+    need(None not in row, f"{where}: more cells than columns; quote cells that hold commas")
+    return row
+
+
+# From a row to a pair. Every format ends in the same: messages before, and two last messages.
+WANTED = "needs chosen and rejected, and prompt"
+PROMPT_COLUMNS = ("prompt", "instruction", "question")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# columns of formats that are not read here, and that would change what the model sees
+UNREAD = ("query", "problem", "messages", "context", "system_prompt", "documents", "functions")
+UNREAD += ("image", "images", "videos", "audio", "chat_template_kwargs")
+# a list of messages that csv has turned into text
+LISTED = re.compile(
+    r"""\s*\[?\s*\{(?=.*['"](role|from)['"]\s*:)(?=.*['"](content|value)['"]\s*:)""", re.S
+)
+
+
+def given(row, name):
+    """The value of a column or a field; None where it is absent, null, NaN or blank."""
+    value = row.get(name)
+    if isinstance(value, float) and math.isnan(value):
         return None
-    slots = {word: f"<{i}>" for pair in pairs for i, word in enumerate(pair["keywords"])}
+    blank = not value.strip() if isinstance(value, str) else value in ([], {})
+    return None if blank else value
 
-    def shape(text):
-        return re.sub(r"\w+", lambda word: slots.get(word[0], word[0]), text.strip())
 
-    shapes = {shape(pair[side]) for pair in pairs for side in SIDES}
+def read_pair(row, where):
+    """A row of any documented format -> a Pair of texts. UserError: it cannot be used, and why."""
+    columns = [str(name) for name in row if given(row, name) is not None]
+    found = f"a row {WANTED}; found {shorten(', '.join(columns)) or 'nothing'}"
+    for side in ("chosen", "rejected"):
+        there = side in columns or isinstance(row.get(side), str)  # blank: encode drops the pair
+        need(there, f"{where}: {side} is missing; {found}")
+    chosen = read_turns(row["chosen"], f"{where}: chosen", "assistant")
+    rejected = read_turns(row["rejected"], f"{where}: rejected", "assistant")
+    alike = chosen[:-1] == rejected[:-1]
+    need(alike, f"{where}: chosen and rejected must be the same up to their last message")
 
-    def errors(text, keywords):
-        missing = len(set(keywords) - set(re.findall(r"\w+", text)))
-        return max(missing, shape(text) not in shapes)
-    return errors
+    prompt = read_prompt(row, where)
+    asked = any(message["role"] == "user" for message in prompt + chosen[:-1])
+    need(asked, f"{where}: has no prompt; {found}")
+    prompt = agreed(prompt, chosen[:-1], where)
+    ends = prompt[-1]["role"] in ("user", "tool")
+    need(ends, f"{where}: prompt must end with a message of the user's")
+    seen = "\n".join(message["content"] for message in prompt)
+    for name in UNREAD:
+        lost = name in columns and not all(text in seen for text in words_of(row[name]))
+        need(not lost, f"{where}: the column {name} would not be seen; put it into the prompt")
+    if dialogue(row.get("prompt")):  # its responses are stripped as its turns are
+        for message in (chosen[-1], rejected[-1]):
+            message["content"] = message["content"].strip()
+            later = re.search(r"\n\n(Human|Assistant):", message["content"])
+            need(not later, f"{where}: a response holds turns of its own; give the last one alone")
+    return Pair(
+        prompt=prompt,
+        chosen=read_response(chosen[-1], row, "chosen", where),
+        rejected=read_response(rejected[-1], row, "rejected", where),
+        where=where,
+        tools=read_list(row, "tools", is_tool, where),
+        answers=read_list(row, "answers", lambda answer: isinstance(answer, str), where),
+    )
+
+
+def words_of(value):
+    """The texts in a column, the assistant's words left out."""
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        return [str(m.get("content")).strip() for m in value if m.get("role") != "assistant"]
+    return [str(value).strip()]
+
+
+def read_text(value, what):
+    need(isinstance(value, str), f"{what} must be text, not {type(value).__name__}")
+    need(value.strip(), f"{what} is blank; give it text or take the row out")
+    broken = re.search("[\ud800-\udfff]", value)
+    need(not broken, f"{what} holds what is no character; save it as UTF-8")
+    return value
+
+
+def read_list(row, name, sound, where):
+    """A list in a column, perhaps as JSON, whose items are all sound; None where it is absent."""
+    value = given(row, name)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with explain(f"{where}: {name} is a list turned into text", "save the data as .jsonl"):
+            value = json.loads(value)
+    if isinstance(value, str):
+        value = [value]
+    fits = value is None or isinstance(value, list) and all(map(sound, value))
+    need(fits, f"{where}: {name} must be {LISTS.get(name, LISTS['errors'])}")
+    return value
+
+
+LISTS = {
+    "tools": "a list of function descriptions, each with a name",
+    "answers": "a list of texts",
+    "history": "a list of [user's text, assistant's text]",
+    "errors": "a list of [start, end), within the text",
+}
+
+
+def is_two(turn):
+    return isinstance(turn, list) and len(turn) == 2
+
+
+def is_tool(tool):
+    tool = tool.get("function", tool) if isinstance(tool, dict) else None
+    return isinstance(tool, dict) and isinstance(tool.get("name"), str)
+
+
+def read_turns(value, what, role):
+    """A text of role's, an HH dialogue, a message or a list of messages -> messages."""
+    if isinstance(value, str):
+        need(not LISTED.match(value), f"{what} is a list turned into text; save the data as .jsonl")
+        if value.strip() or role == "user":
+            read_text(value, what)
+        turns = dialogue(value) or [{"role": role, "content": value}]
+        if role == "user" and len(turns) == 1:
+            ready = re.search(r"(?i)(Assistant|### Response):\s*\Z", value)
+            need(not ready, f"{what} ends like a template; give the user's words alone")
+    else:
+        value = [value] if isinstance(value, dict) else value
+        need(isinstance(value, list), f"{what} must be text or a list of messages")
+        turns = [read_message(message, what) for message in value]
+        turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
+    if role == "user" and turns[-1:] == [{"role": "assistant", "content": ""}]:
+        turns.pop()  # HH text ends with "Assistant:"
+    blank = any(turn["role"] == "user" and not turn["content"].strip() for turn in turns)
+    need(not blank, f"{what}: a message of the user's is blank")
+    need(turns, f"{what} holds no message")
+    ends = role == "user" or turns[-1]["role"] == role
+    need(ends, f"{what} must end with a message of the assistant's")
+    return turns
+
+
+def dialogue(text):
+    """Text like "\\n\\nHuman: …\\n\\nAssistant: …", as in HH, -> its turns; other text -> None."""
+    if not isinstance(text, str) or not re.match(r"\s*Human:", text):
+        return None
+    gap = r"\n\n" if "\n\nAssistant:" in text else r"\n"
+    _, *parts = re.split(rf"(?:\A\s*|{gap})(Human|Assistant):", text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": roles[who], "content": said.strip()} for who, said in turns]
+
+
+def read_message(message, what):
+    """A message without its absent fields; a list of text parts becomes one text."""
+    need(isinstance(message, dict), f"{what}: a message is an object with role and content")
+    message = {name: message[name] for name in message if given(message, name) is not None}
+    found = f"found {shorten(', '.join(map(str, message)))}"
+    known = message.get("role") in ROLES
+    need(known, f"{what}: a message has content and a role of {', '.join(ROLES)}; {found}")
+    old = "function_call" in message
+    need(not old, f"{what}: function_call would not be seen; write it as tool_calls")
+    content = message.get("content", "")
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        need(all(isinstance(text, str) for text in texts), f"{what}: holds more than text")
+        content = "".join(texts)
+    need(isinstance(content, str), f"{what}: content must be text or a list of text parts")
+    for text in filter(str.strip, texts_in({**message, "content": content})):
+        read_text(text, what)
+    return {**message, "content": content}
+
+
+def read_prompt(row, where):
+    """What all columns but the responses say of the prompt -> messages, perhaps none."""
+    names = [name for name in PROMPT_COLUMNS if given(row, name) is not None]
+    alike = len({str(row[name]).strip() for name in names}) < 2
+    need(alike, f"{where}: {' and '.join(names)} say different things; take one of them out")
+    turns = read_turns(row[names[0]], f"{where}: {names[0]}", "user") if names else []
+    if given(row, "input") is not None:
+        fits = names[:1] == ["instruction"]
+        need(fits, f"{where}: the column input goes with instruction alone")
+        extra = read_text(row["input"], f"{where}: input")
+        turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n\n{extra}"}
+    before = []
+    if given(row, "system") is not None:
+        twice = any(turn["role"] in ("system", "developer") for turn in turns)
+        need(not twice, f"{where}: has two system messages; take one of them out")
+        before.append({"role": "system", "content": read_text(row["system"], f"{where}: system")})
+    for turn in read_list(row, "history", is_two, where) or ():
+        user, assistant = (read_text(text, f"{where}: history") for text in turn)
+        before += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return before + turns
+
+
+def agreed(prompt, shared, where):
+    """The prompt of a row that has it in columns, or in its message lists, or in both."""
+    if not prompt or not shared:
+        return prompt or shared
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        said = prompt[0]["content"].strip()
+        if any(m["role"] == "user" and m["content"].strip() == said for m in shared):
+            return shared
+    longer, shorter = sorted((prompt, shared), key=len, reverse=True)
+    if longer[-len(shorter) :] == shorter or longer[: len(shorter)] == shorter == prompt:
+        return longer  # one repeats the other, perhaps without its system message
+    systems = ("system", "developer")
+    if all(m["role"] in systems for m in prompt) and shared[0]["role"] not in systems:
+        return prompt + shared
+    raise UserError(f"{where}: prompt and the messages before the last say different things")
+
+
+def read_response(message, row, side, where):
+    """The last message of a side, and its error spans -> a Response."""
+    text = message["content"]
+
+    def is_span(span):
+        whole = isinstance(span, list) and [type(end) for end in span] == [int, int]
+        return whole and 0 <= span[0] < span[1] <= len(text)
+
+    errors = read_list(row, f"{side}_errors", is_span, where)
+    if errors is None and row.get(f"{side}_errors") == []:
+        errors = []  # labelled, and without an error
+    if errors is not None:
+        moved = isinstance(row[side], str) and text != row[side]
+        need(not moved, f"{where}: {side}_errors would shift; give prompt and responses apart")
+    return Response(message, errors)
+
+
+# The model's own chat template decides what stands before the assistant's words and after them. For
+# <|im_start|>user↵Name a bird.<|im_end|>↵<|im_start|>assistant↵A crow.<|im_end|>↵
+# the prompt is all before "A crow.", and the response is "A crow.<|im_end|>".
+#
+# A base model has no template: it gets this plain one, which is saved with the trained model.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] | capitalize }}:\n{{ m['content'] }}"
+    "{{ eos_token if m['role'] == 'assistant' }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+SNOWMAN = "☃"  # stands for the assistant's words, to see what the template writes around them
+
+
+def plain_template(tokenizer):
+    """PLAIN_TEMPLATE, with the BOS before it if this tokenizer puts one before any text."""
+    begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
+
+
+def render(tokenizer, messages, tools=None, **options):
+    """The messages in the model's template, as text."""
+    if not tokenizer.chat_template:
+        options["chat_template"] = plain_template(tokenizer)
+    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+
+
+def merged(messages):
+    """The messages with what the system says at the beginning of the user's first message."""
+    system, *rest = messages
+    first = next(i for i, message in enumerate(rest) if message["role"] == "user")
+    rest[first] = {**rest[first], "content": f"{system['content']}\n\n{rest[first]['content']}"}
+    return rest
+
+
+def as_parts(message):
+    """A message for a template that takes no text as content, but a list of parts."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def in_template(tokenizer, messages, reply, tools=None):
+    """-> (prompt, body, tail): what the template writes before the assistant's words, they, after.
+
+    reply: the assistant's message.
+    UserError: the template refuses the messages, or leaves some of what they say out.
+    """
+    ways = [messages]
+    if messages[0]["role"] in ("system", "developer"):
+        ways.append(merged(messages))
+    mark = {"role": "assistant", "content": SNOWMAN}
+    problems = []
+    for shape in (dict, as_parts):
+        for way in ways:
+            prompt = [shape(message) for message in way]
+            try:
+                whole = render(tokenizer, [*prompt, shape(reply)], tools)
+                around = render(tokenizer, [*prompt, shape(mark)], tools)
+                opened = render(tokenizer, prompt, tools, add_generation_prompt=True)
+            except Exception as error:  # jinja has many
+                problems.append(f"the chat template refuses it: {one_line(error)}")
+                continue
+            lost = left_out([*way, mark], around, tools)
+            if repr(shape(mark)["content"]) in around and shape is as_parts:
+                lost = "what is text in a list of parts"  # it writes the list as Python does
+            if lost:
+                problems.append(f"the chat template leaves out {lost}")
+                continue
+            head, _, tail = around.rpartition(SNOWMAN)
+            if not whole.endswith(tail):  # a tool call may end otherwise than an answer
+                tail = whole[max(map(whole.rfind, special_tokens(tokenizer))) :]
+            words = way[-1]["content"].strip()
+            asked = head.rfind(words) + len(words)
+            return *split_reply(whole, head, tail, opened, asked, reply), tail
+    raise UserError(problems[0])
+
+
+def split_reply(whole, head, tail, opened, asked, reply):
+    """-> (prompt, body): the beginning of the whole rendering, and the assistant's words in it.
+
+    head, tail: what stands around the snowman. opened: the rendering with a generation prompt.
+    asked: where the user's words end in both. Three kinds of templates and replies meet here:
+        the template writes the same around every reply                   -> head, the reply
+        it writes an empty <think></think>, or a thought that the reply has in a field of its own,
+        or its generation prompt opens <think>, and the reply has thoughts  -> opened, the rest
+        it leaves thoughts out of what it writes                          -> opened, the reply
+    """
+    text = reply["content"].strip()
+    tag = re.match(r"(<[^<>\s]+>|\[[A-Z_]+\])?", text)[0]  # such as <think>
+    for prompt in (head, opened):
+        body = whole[len(prompt) : len(whole) - len(tail)]
+        turn = prompt[asked:] + body
+        once = not tag or turn.count(tag) == text.count(tag)
+        if whole == prompt + body + tail and once and not left_out([reply], turn):
+            return prompt, body
+    lost = left_out([{**reply, "content": ""}], "")
+    need(not lost, f"the chat template leaves out {lost}")
+    prompt = opened
+    if not opened.startswith(head):
+        prompt = head[: head.rindex(tag)] if tag and tag in head[asked:] else head
+    if tag and prompt.rstrip().endswith(tag):  # what the prompt has opened is not written twice
+        text = text.removeprefix(tag)
+        text = text.removeprefix("\n") if prompt.endswith("\n") else text
+    return prompt, text
+
+
+def left_out(messages, text, tools=None):
+    """What a rendered text does not say as often as messages and tools do, in words; or None."""
+    said = [
+        (f"{name} of the {message['role']}'s message", words)
+        for message in messages
+        for name, words in said_in(message)
+    ]
+    names = [tool.get("function", tool)["name"] for tool in tools or ()]
+    said += [(f"the tool {name}", name) for name in names]
+    for what, words in said:
+        forms = {words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1]}
+        if sum(map(text.count, forms)) < sum(other.count(words) for _, other in said):
+            return what
+    return None
+
+
+def said_in(message):
+    """All that a template must write of a message. -> [(name of the field, text)]."""
+    names = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
+    texts = [(name, text.strip()) for name in names for text in texts_in(message.get(name))]
+    return [(name, text) for name, text in texts if text]
+
+
+def texts_in(value):
+    """All texts and numbers within a value of JSON, but for types and ids, as of tool calls."""
+    if isinstance(value, dict):
+        value = [inner for name, inner in value.items() if name not in ("type", "id")]
+    if isinstance(value, list):
+        return [text for inner in value for text in texts_in(inner)]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [json.dumps(value)]
+    return [value] if isinstance(value, str) else []
+
+
+def special_tokens(tokenizer):
+    """The tokens that are no text: beginnings, ends, turns."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return {token for token in [*added, *tokenizer.all_special_tokens] if token.strip()}
+
+
+def end_token(tokenizer, tail):
+    """-> (id of the end token, what stands before it) of what the template writes after a reply."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    for tokens in (special_tokens(tokenizer), added):  # some end in one not marked as special
+        found = [(tail.find(token), -len(token), token) for token in tokens if token.strip()]
+        found = [place for place in found if place[0] >= 0]
+        if found:
+            at, _, token = min(found)
+            return tokenizer.convert_tokens_to_ids(token), tail[:at]
+    return tokenizer.eos_token_id, ""
+
+
+# Turn markers of other models. With the tokenizer's own they tell a text that has been through a
+# chat template. Thoughts and tool calls are not among them: a response may hold these.
+MARKS = r"<\|\w[\w ]*\|>|<\|turn>|<turn\|>|\[\|\w+\|\]|<｜[^｜<>]+｜>|</s>|<(?:start|end)_of_turn>"
+MARKS += r"|<(?:bos|eos)>|\[/?INST\]"
+THOUGHTS = re.compile(r"</?\w*(?:think|tool|reason)\w*>|\[/?THINK\]", re.IGNORECASE)
+
+
+def encode(tokenizer, pairs, style=None, max_length=1024):
+    """-> copies of the pairs with token ids, and labels where they have error spans.
+
+    style: also encode the contrastive prompts of this style. An end token that ends a response is
+    taken off and counted: each gets exactly one. Dropped and counted are pairs whose responses are
+    blank or the same, whose texts hold markers of a chat template, or whose longest prompt and
+    response have more than max_length tokens (a cut could change who won).
+    UserError: names the rows that the chat template cannot take.
+    """
+    own = [token for token in special_tokens(tokenizer) if not THOUGHTS.fullmatch(token)]
+    marks = "|".join([MARKS, *map(re.escape, sorted(own, key=len, reverse=True))])
+    dropped, cleaned, bad, encoded = Counter(), 0, [], []
+    for pair in bar(pairs, desc="encode", unit=" pairs"):
+        pair = copied(pair)
+        for response in (pair.chosen, pair.rejected):
+            text = response.text
+            while end := re.search(rf"({marks})\s*\Z", text):
+                text = text[: end.start()].rstrip()
+            cleaned += text != response.text
+            response.message = {**response.message, "content": text}
+        try:
+            reason = text_fault(pair, marks)
+            if not reason:
+                for response in (pair.chosen, pair.rejected):
+                    encode_response(tokenizer, pair, response, style)
+                reason = length_fault(pair, max_length)
+        except UserError as error:
+            bad.append(f"{pair.where}: {error}")
+            continue
+        if reason:
+            dropped[reason] += 1
+        else:
+            encoded.append(pair)
+    refuse(bad)
+    if cleaned:
+        say(f"{cleaned} responses ended in an end token, which was taken off")
+    for reason, count in dropped.items():
+        say(f"{count} pairs dropped: {reason}")
+    return encoded
+
+
+def text_fault(pair, marks):
+    """Why the texts of a pair are not trained on, or None."""
+    messages = [*pair.prompt, pair.chosen.message, pair.rejected.message]
+    if not all(map(said_in, messages[-2:])):
+        return "a blank response"
+    texts = [text for message in messages for _, text in said_in(message)]
+    found = re.search(marks, "\n".join(texts))
+    return f"holds {found[0]}, of a chat template; give texts without one" if found else None
+
+
+def length_fault(pair, max_length):
+    """Why the token ids of a pair are not trained on, or None."""
+    chosen, rejected = (r.prompt_ids.tolist() + r.ids.tolist() for r in sides([pair]))
+    if chosen == rejected:
+        return "chosen and rejected are the same"
+    longest = max(len(prompt) + len(response) for prompt, response in scored_rows(pair))
+    return f"longer than {max_length} tokens" if longest > max_length else None
+
+
+def encode_response(tokenizer, pair, response, style):
+    """Set a response's ids, the ids of its prompts and, where it has error spans, its labels."""
+    reply = response.message
+    prompt, body, tail = in_template(tokenizer, pair.prompt, reply, pair.tools)
+    end, before_end = end_token(tokenizer, tail)
+    need(end is not None, "no end token: set the tokenizer's eos_token")
+    response.prompt_ids = tokenize_prompt(tokenizer, prompt)
+    need(len(response.prompt_ids), "the prompt becomes no token")
+    ids, offsets = ids_in_context(tokenizer, prompt, body + before_end)
+    response.ids = torch.tensor([*ids, end], dtype=torch.int32)
+    if response.errors is not None and offsets is not None:
+        # the template may have put thoughts before the words, or taken spaces or a tag off them
+        words = reply["content"].strip()
+        at = body.rfind(words) if words in body else len(body) - len(words)
+        moved = at - reply["content"].find(words)
+        spans = [(start + moved, stop + moved) for start, stop in response.errors]
+        good = [not any(a < stop and start < b for start, stop in spans) for a, b in offsets]
+        response.good = torch.tensor([*good, True])
+    if style is not None:
+        both = contrastive_prompts(pair.prompt, reply["content"], style)
+        better, worse = (in_template(tokenizer, way, reply, pair.tools)[0] for way in both)
+        response.better_ids = tokenize_prompt(tokenizer, better)
+        response.worse_ids = tokenize_prompt(tokenizer, worse)
+
+
+def tokenize_prompt(tokenizer, prompt):
+    # a space that ends the prompt is part of the first word's token: the model is to write it
+    ids = tokenizer(prompt.rstrip(" "), add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def ids_in_context(tokenizer, prompt, body):
+    """-> (ids of the body after the prompt, their offsets in the body or None)."""
+    options = {"add_special_tokens": False, "return_offsets_mapping": tokenizer.is_fast}
+    bare = prompt.rstrip(" ")
+    text = prompt[len(bare) :] + body
+    # where a token reaches across the boundary, the body stands after a newline, or by itself
+    for before in (bare, "\n", ""):
+        first = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
+        both = tokenizer(before + text, **options)
+        if both["input_ids"][: len(first)] == first:
+            break
+    offsets = both.get("offset_mapping")
+    if offsets is not None:
+        skip = len(before) + len(text) - len(body)
+        offsets = [(start - skip, stop - skip) for start, stop in offsets[len(first) :]]
+    return both["input_ids"][len(first) :], offsets
+
+
+# ---------------------------------------------------------------------------- 8 evaluate and show
+# From a trained model and annotated held-out pairs to figures, samples and a page.
+
+
+def credit_auroc(scores, is_good):
+    """Probability that a good token outscores a bad one, ties ½; nan with one class only.
+
+    scores, is_good: two arrays of one length. -> float.
+    """
+    scores, is_good = np.asarray(scores, dtype=float), np.asarray(is_good, dtype=bool)
+    good, bad = scores[is_good][:, None], scores[~is_good][None, :]
+    if not good.size or not bad.size:
+        return math.nan
+    return float(np.mean((good > bad) + 0.5 * (good == bad)))
+
+
+def mean_auroc(pairs, name):
+    """Mean credit AUROC within the responses that have good and bad tokens; nan if none has."""
+    labelled = [response for response in sides(pairs) if response.good is not None]
+    # [:-1]: the end token is in no error span, and is not scored
+    values = [credit_auroc(getattr(r, name)[:-1], r.good[:-1]) for r in labelled]
+    values = [value for value in values if not math.isnan(value)]
+    return float(np.mean(values)) if values else math.nan
+
+
+def pair_accuracy(pairs):
+    """-> (share of pairs whose chosen response has the higher mean r̂, low, high of its interval).
+
+    Ties count ½; the interval is Wilson's, of 95 %.
+    """
+    gaps = torch.stack(
+        [p.chosen.token_rewards.mean() - p.rejected.token_rewards.mean() for p in pairs]
+    )
+    share = (0.5 + 0.5 * torch.sign(gaps)).mean().item()
+    n, z = len(pairs), statistics.NormalDist().inv_cdf(0.975)
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    scale = 1 + z * z / n
+    return share, (middle - half) / scale, (middle + half) / scale
+
+
+def exact_match(pair, text):
+    """The judge of data with answers: 1 if the text is one of them, else 0."""
+    return float(text.strip() in pair.answers)
+
 
 @torch.no_grad()
 def sample(model, tokenizer, pairs, seed, more=8):
-    """-> one response a pair, drawn from the model as it is, at most `more` tokens longer than the longest chosen."""
-    end, texts, most = end_token(tokenizer), [], max(len(pair["chosen_ids"]) for pair in pairs) + more
-    torch.manual_seed(seed)
-    for start in bar(range(0, len(pairs), 128), desc="sample", unit=" batches"):
-        prompts = [torch.tensor(pair["prompt_ids"].tolist()) for pair in pairs[start:start + 128]]
-        pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-        ids, real = pad(prompts, padding_value=end), pad([torch.ones_like(prompt) for prompt in prompts])
-        length = ids.shape[1]
-        room = min(most, getattr(model.config, "max_position_embeddings", most + length) - length)
-        new = model.generate(input_ids=ids.to(model.device), attention_mask=real.to(model.device), do_sample=True,
-                             max_new_tokens=max(1, room), top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0,
-                             eos_token_id=end, pad_token_id=end)[:, length:].tolist()
-        texts += [tokenizer.decode(row[:row.index(end)] if end in row else row) for row in new]
+    """One response a pair, drawn from the model's own distribution. -> list of texts.
+
+    A sample may be `more` tokens longer than the longest chosen response of the pairs.
+    """
+    most = max(len(pair.chosen.ids) for pair in pairs) + more
+    ends = end_tokens(pairs)
+    own, texts = model.generation_config, []
+    try:
+        # the model's own settings (min_p, stop strings …) would bend the distribution
+        model.generation_config = transformers.GenerationConfig()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for batch in bar(list(batched(pairs, 128)), desc="sample", unit=" batches"):
+                texts += draw(model, tokenizer, batch, most, ends)
+    finally:
+        model.generation_config = own
     return texts
 
+
+def draw(model, tokenizer, pairs, most, ends):
+    """One batch of samples, of at most `most` tokens each."""
+    prompts = [pair.chosen.prompt_ids.long() for pair in pairs]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = pad(prompts, padding_value=ends[0]).to(model.device)
+    drawn = model.generate(
+        input_ids=ids,
+        attention_mask=pad([torch.ones_like(prompt) for prompt in prompts]).to(model.device),
+        max_new_tokens=max(1, min(most, positions(model) - ids.shape[1])),
+        do_sample=True,
+        top_k=0,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+    )
+    texts = []
+    for row in drawn[:, ids.shape[1] :].tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        texts.append(tokenizer.decode(row[:stop]))
+    return texts
+
+
+def batched(items, size):
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
 @torch.no_grad()
-def evaluate(model, tokenizer, pairs, s, errors=None):
-    """-> (metrics of annotated pairs, three samples, the share of perfect responses or else accuracy of each pair).
-    Writes the learned credit to the pairs."""
+def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **changes):
+    """-> (metrics, copies of the annotated pairs with learned credit, correct, samples and score).
+
+    judge: a function of (pair, text), 0 to 1, of which the score is the mean over `draws` responses
+    that the model samples for each pair; by default exact match, if all pairs have answers. Without
+    a judge one response is drawn for each of the first three pairs, to look at.
+    metrics: accuracy, margin, credit_auroc, token_reward_auroc, score; None where there is none.
+    """
     if not pairs:
-        return {}, [], []
-    rows = []
-    for pack in packs(pairs, s.batch_size):
-        _, metrics, credit = losses(model, pack, s)
-        rows.append(metrics.cpu())
-        set_columns(pack, "credit", credit)
-    rows = dict(zip(METRICS, torch.cat(rows).double().numpy().T))
-    result, each = {name: float(rows[name].mean()) for name in ("accuracy", "margin")}, rows["accuracy"]
-    result["credit_auroc"], result["credit_auroc_pooled"] = auroc(pairs, "credit")
-    result["token_reward_auroc"], result["token_reward_auroc_pooled"] = auroc(pairs, "token_rewards")
-    drawn = 4 if errors else 1  # responses to each prompt: for the judge, or one to look at
-    shown = [pair for pair in (pairs if errors else pairs[:3]) for _ in range(drawn)]
-    texts = sample(model, tokenizer, shown, s.seed, 8 if errors else 64)
-    if errors:
-        counts = np.array([errors(text, pair["keywords"]) for text, pair in zip(texts, shown)]).reshape(-1, drawn)
-        each = (counts == 0).mean(1)
-        result["errors_per_response"], result["perfect_responses"] = float(counts.mean()), float(each.mean())
-    result = {name: None if math.isnan(value) else value for name, value in result.items()}  # JSON has no NaN
-    return result, texts[::drawn][:3], each.tolist()
+        return {}, []
+    s = resolve(settings, model, **changes)
+    values, pairs = measure(model, pairs, s)
+    metrics = {
+        "accuracy": values["accuracy"].mean(),
+        "margin": values["margin"].mean(),
+        "credit_auroc": mean_auroc(pairs, "credit"),
+        "token_reward_auroc": mean_auroc(pairs, "token_rewards"),
+        "score": math.nan,
+    }
+    if judge is None and all(pair.answers for pair in pairs):
+        judge = exact_match
+    if judge:
+        drawn = [pair for pair in pairs for _ in range(draws)]
+        texts = sample(model, tokenizer, drawn, s.seed)
+        for pair, samples in zip(pairs, batched(texts, draws), strict=True):
+            pair.samples = samples
+            pair.score = float(np.mean([judge(pair, text) for text in samples]))
+        metrics["score"] = np.mean([pair.score for pair in pairs])
+    else:
+        texts = sample(model, tokenizer, pairs[:3], s.seed, more=64)
+        for pair, text in zip(pairs, texts, strict=False):
+            pair.samples = [text]
+    # JSON has no nan
+    metrics = {k: None if math.isnan(value) else float(value) for k, value in metrics.items()}
+    return metrics, pairs
 
-def show(before, after, samples, pair, tokenizer):
-    """Print the metrics and sampled responses before and after, and one pair with its tokens marked by reward."""
-    print(f"\n{'':28s}before   after")
-    for name, value in after.items():
+
+def shorten(text, width=100):
+    """On one line, cut with "…"."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def show(summary, old_pairs, new_pairs, tokenizer):
+    """Print what a run has changed: metrics, samples, rewards. -> the metrics, as text."""
+    lines = [f"{'':20s}  before   after"]
+    for name, value in summary["after"].items():
         if value is not None:
-            old = "–" if before[name] is None else f"{before[name]:.3f}"
-            print(f"{name.replace('_', ' '):26s}{old:>8s}{value:8.3f}")
-    for sampled, old, new in samples:
-        print("\nprompt ", one_line(as_messages(sampled["prompt"])[-1]["content"]))
-        print(f"before  {one_line(old)}\nafter   {one_line(new)}")
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print("\ntoken rewards " + ("(green good, red bad)" if colour else "([+good], [-bad]: more than 0.1 from 0)"))
-    for side in SIDES:
-        marked = f"{side:10s}"
-        for token, reward in zip(pair[f"{side}_ids"].tolist(), pair[f"{side}_token_rewards"].tolist()):
-            token = tokenizer.decode([token]).replace("\n", "⏎")
-            pale = 235 - int(min(abs(reward) / 0.4, 1) * 150)
-            red, green = (pale, 235) if reward > 0 else (235, pale)
-            marked += (f"\033[30;48;2;{red};{green};{pale}m{token}\033[0m" if colour else
-                       f"[{'+' if reward > 0 else '-'}{token}]" if abs(reward) > 0.1 else token)
-        print(marked)
+            old = summary["before"].get(name)
+            old = "–" if old is None else f"{old:.3f}"
+            lines.append(f"{name.replace('_', ' '):20s}{old:>8s}{value:8.3f}")
+    memory = summary["peak_memory_bytes"]
+    used = f"; peak memory {memory / 2**30:.2f} GiB" if memory else ""
+    lines += ["", f"annotation {summary['annotate_seconds']:.1f} s, "]
+    lines[-1] += f"training {summary['train_seconds']:.1f} s{used}"
+    say("\n" + "\n".join(lines))
+    for old, new in zip(old_pairs[:3], new_pairs[:3], strict=True):
+        say(f"\nprompt  {shorten(new.prompt[-1]['content'])}")
+        say(f"before  {shorten(old.samples[0])}")
+        say(f"after   {shorten(new.samples[0])}")
+    for pair in new_pairs[:1]:
+        say("\ntoken rewards ([+good], [-bad]: more than 0.1 from 0)")
+        say(f"chosen    {bracketed(pair.chosen, tokenizer)}")
+        say(f"rejected  {bracketed(pair.rejected, tokenizer)}")
+    return "\n".join(lines)
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>T-REG</title>
-<style>:root {{ color-scheme: light dark }} body {{ font: 16px/1.6 sans-serif; max-width: 72em; margin: 2em auto;
-padding: 0 1em }} pre {{ overflow-x: auto }} svg {{ margin: 0 1em 1em 0 }} polyline {{ fill: none; stroke-width: 1.5 }}
-text {{ fill: currentColor; font-size: 12px }} .bad {{ text-decoration: underline wavy }}
-td span {{ white-space: pre-wrap }}
-th {{ text-align: left; font-weight: normal; white-space: nowrap; vertical-align: top; padding-right: 1em }}
-</style><h1>T-REG</h1>{}</html>"""
 
-def report(path, curves, table, pairs, tokenizer, layers):
-    """Write one self-contained page: learning curves {name: history}, the table, and the tokens of both responses of
-    pairs, coloured by each of layers {label: column}, labelled errors underlined, values on hover."""
-    hues = {name: f"hsl({360 * i // len(curves)} 65% 50%)" for i, name in enumerate(curves)}
-    names = " ".join(f'<b style="color:{hue}">{html.escape(name)}</b>' for name, hue in hues.items())
-    parts = [f"<pre>{html.escape(table)}</pre><p>{names}</p>"]
-    for metric in ("loss", "margin", "accuracy", "chosen_logps"):
-        values = [row[metric] for history in curves.values() for row in history] or [0.0]
-        low, span, lines = min(values), max(values) - min(values) or 1.0, ""
+def bracketed(response, tokenizer):
+    """The tokens of a response, in brackets those whose reward is far from 0."""
+    text = ""
+    for token, reward in zip(response.ids, response.token_rewards.tolist(), strict=True):
+        token = tokenizer.decode([token]).replace("\n", "⏎")
+        sign = "+" if reward > 0 else "-"
+        text += f"[{sign}{token}]" if abs(reward) > 0.1 else token
+    return text
+
+
+# The page: what was trained, learning curves, and every token coloured by its credit. Blue and
+# orange stay apart for every kind of colour vision; layers of one unit have one scale.
+CSS = """<style>.treg { font: 15px/1.5 sans-serif; color-scheme: light dark; background: Canvas;
+color: CanvasText; overflow-wrap: anywhere; print-color-adjust: exact;
+-webkit-print-color-adjust: exact } .treg pre { overflow-x: auto; line-height: 1.3 }
+.treg .row { display: grid; grid-template-columns: 11em 1fr; gap: 0 1em; break-inside: avoid;
+padding: 3px 0; border-top: 1px solid #8884 } .treg .text { white-space: pre-wrap }
+.treg .token { white-space: break-spaces; border: solid #8886; border-width: 0 1px 0 0;
+padding: 2px 0 } .treg .error { text-decoration: underline wavy }
+.treg .curves { display: grid; gap: 1em; grid-template-columns: repeat(auto-fill,
+minmax(min(100%, 27em), 1fr)) } .treg figure { margin: 0; break-inside: avoid }
+.treg svg { width: 100% } .treg text { font-size: 12px; fill: currentColor }
+.treg path { stroke: #8886 } .treg polyline { fill: none; stroke-width: 2 }
+@media (max-width: 45em) { .treg .row { grid-template-columns: 1fr } }</style>"""
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{0}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"></head>
+<body style="max-width: 64em; margin: 1.5em auto; padding: 0 1em; color-scheme: light dark">
+<div class="treg"><h1>{0}</h1><p>{1}</p><pre>{2}</pre><h2>Learning curves</h2>
+<p>A line has at most 60 points, each the mean of the steps around it.</p>
+<div class="curves">{3}</div><h2>Tokens</h2></div>{4}</body></html>"""
+LEGEND = """<p>Blue tokens have values above 0 (good), orange ones below. A wavy line: a labelled
+error. Hover over a token for its value in each row. Σ: the sum of a row. ⏎: a line break.</p>"""
+CURVES = {
+    "loss": ["loss"],
+    "margin": ["margin", "heldout_margin"],
+    "accuracy": ["accuracy", "heldout_accuracy"],
+    "log-probability of a response": ["chosen_logps", "rejected_logps"],
+}
+COLOURS = ("#2f7fe0", "#d96a00", "#0f9a73", "#c25fa8")
+
+
+class Html(str):
+    """HTML that a notebook shows as such at the end of a cell."""
+
+    def _repr_html_(self):
+        return str(self)
+
+
+def escaped(text):
+    return html.escape(visible(text), quote=True)
+
+
+def token_box(text, share, hover, error=False):
+    """A token in HTML. share: its value as a part of the scale, -1 to 1."""
+    ink = "30 110 230" if share > 0 else "235 120 0"
+    tint = f"rgb({ink} / {0.7 * min(abs(share), 1):.2f})"
+    kind = "token error" if error else "token"
+    style = f'class="{kind}" style="background: {tint}" title="{escaped(hover)}"'
+    return f"<span {style}>{escaped(text)}</span>"
+
+
+def token_texts(tokenizer, ids):
+    """What each token adds to the text; ◌ for one whose character a later token completes."""
+    texts, before = [], ""
+    for length in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:length]).rstrip("\ufffd")
+        texts.append(text[len(before) :].replace("\n", "⏎") or "◌")
+        before = text
+    return texts
+
+
+def html_row(label, content, kind):
+    return f'<div class="row"><div>{escaped(label)}</div><div class="{kind}">{content}</div></div>'
+
+
+def credit_map(pairs, tokenizer, layers):
+    """The tokens of both responses of every pair, in a row for each layer. -> Html.
+
+    layers: {label: (pairs, "token_rewards" or "credit")}; the pairs of a layer are these ones, or
+    the same with the credit of another model. The scale of r̂ is ±½, of credit its largest value.
+    """
+    largest = [
+        r.credit.abs().max() for of, name in layers.values() if name == "credit" for r in sides(of)
+    ]
+    scales = {"token_rewards": 0.5, "credit": float(max(largest, default=1.0)) or 1.0}
+    parts = [CSS, '<div class="treg">', LEGEND]
+    for label, (_, name) in layers.items():
+        shares = (-1, -0.5, 0, 0.5, 1)
+        keys = [(f" {share * scales[name]:+.2f} ", share) for share in shares]
+        boxes = "".join(token_box(text, share, text) for text, share in keys)
+        parts.append(html_row(label, boxes + (" nats" if name == "credit" else ""), "tokens"))
+    for index, pair in enumerate(pairs):
+        parts.append(f"<h3>{escaped(pair.where)}</h3>")
+        parts += [html_row(m["role"], escaped(m["content"]), "text") for m in pair.prompt]
+        for side in ("chosen", "rejected"):
+            response = getattr(pair, side)
+            texts = token_texts(tokenizer, response.ids.tolist())
+            errors = [False] * len(texts) if response.good is None else (~response.good).tolist()
+            rows = {
+                label: getattr(getattr(of[index], side), name).tolist()
+                for label, (of, name) in layers.items()
+            }
+            values = zip(*rows.values(), strict=True)
+            hovers = ["\n".join(map("{} {:+.3f}".format, rows, column)) for column in values]
+            for label, row in rows.items():
+                shares = [value / scales[layers[label][1]] for value in row]
+                boxes = "".join(map(token_box, texts, shares, hovers, errors))
+                parts.append(html_row(f"{side}: {label}", f"{boxes} Σ {sum(row):+.3f}", "tokens"))
+    return Html("".join(parts) + "</div>")
+
+
+def report(title, settings, text, curves, pairs, tokenizer, layers):
+    """One page that needs no other file. curves: {name: history}. layers: see credit_map."""
+    figures = []
+    for what, metrics in CURVES.items():
+        lines = {}
         for name, history in curves.items():
-            points = " ".join(f"{280 * i / len(history):.1f},{115 - 110 * (row[metric] - low) / span:.1f}"
-                              for i, row in enumerate(history))
-            lines += f'<polyline style="stroke:{hues[name]}" points="{points}"/>'
-        parts.append(f'<svg width="290" height="140">{lines}'
-                     f'<text y="134">{metric}: {low:.3g} to {low + span:.3g}</text></svg>')
-    scales = {column: max(1e-9, *(np.abs(pair[f"{side}_{column}"]).max() for pair in pairs for side in SIDES))
-              for column in layers.values() if pairs}
-    for pair in pairs:
-        parts.append(f"<h3>{html.escape(as_messages(pair['prompt'])[-1]['content'])}</h3><table>")
-        for side, (label, column) in itertools.product(SIDES, layers.items()):
-            parts.append(f"<tr><th>{side}: {html.escape(label)}</th><td>")
-            ids, values, good = (pair.get(f"{side}_{name}", ()) for name in ("ids", column, "good"))
-            for token, value, fine in itertools.zip_longest(ids, values, good, fillvalue=True):  # the end token is fine
-                colour = f"hsl({140 if value > 0 else 0} 80% 45% / {0.8 * abs(value) / scales[column]:.2f})"
-                parts.append(f'<span title="{value:+.3f}" style="background:{colour}"{"" if fine else " class=bad"}>'
-                             f"{html.escape(tokenizer.decode([token]))}</span>")
-            parts.append("</td></tr>")
-        parts.append("</table>")
-    write(path, PAGE.format("".join(parts)))
+            for metric in metrics:
+                points = [(row["step"], row[metric]) for row in history if metric in row]
+                if points:
+                    label = name if metric == metrics[0] else f"{name}, {metric.split('_')[0]}"
+                    lines[label] = [p.mean(0) for p in np.array_split(points, min(len(points), 60))]
+        values = [value for points in lines.values() for _, value in points] or [0.0]
+        for group in batched([*lines.items()], 4):
+            figures.append(picture(what, group, min(values), max(values)))
+    texts = (escaped(text) for text in (title, settings, text))
+    return PAGE.format(*texts, "".join(figures), credit_map(pairs, tokenizer, layers))
 
 
-# ----------------------------------------------------------------------------------------------- 9 the tiny model
-WARM_ROWS, WARM_LR = 8, 3e-3
+def picture(title, lines, low, high):
+    """An SVG of at most four labelled lines [(label, points)], with axes from low to high."""
+    last = max(points[-1][0] for _, points in lines)
+
+    def place(step, value):
+        return 50 + 250 * step / last, 160 - 145 * (value - low) / (high - low or 1)
+
+    parts = [f'<figure><figcaption>{escaped(title)}</figcaption><svg viewBox="0 0 450 190">']
+    for value in np.linspace(low, high, 5):
+        x, y = place(0, value)
+        parts.append(f'<path d="M{x} {y:.1f}h250"/>')
+        parts.append(f'<text x="{x - 5}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for step in np.linspace(0, last, 3):
+        text = f'y="180" text-anchor="middle">{step:.0f}'
+        parts.append(f'<text x="{place(step, low)[0]:.1f}" {text}</text>')
+    below = 0
+    for colour, (label, points) in sorted(
+        zip(COLOURS, lines, strict=False), key=lambda line: -line[1][1][-1][1]
+    ):
+        corners = [place(*point) for point in points]
+        below = max(below + 14, corners[-1][1] + 4)  # no label on another
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+        parts.append(f'<polyline points="{path}" stroke="{colour}"/>')
+        parts.append(
+            f'<text x="305" y="{below:.1f}" style="fill: {colour}">{escaped(label)}</text>'
+        )
+    return "".join(parts) + "</svg></figure>"
+
+
+# ------------------------------------------------------------------------------ 9 the tiny model
+# From pairs to a small model that follows instructions of one kind: a stand-in for a pre-trained
+# one, so that the whole program runs anywhere in half a minute.
+
+
+TINY = "(the tiny model)"  # its name, by which its own defaults are found
+
 
 def make_tiny(pairs, seed, steps=2000):
     """-> (model, tokenizer): a small GPT-2 with random weights, warmed up on these pairs alone.
 
-    A stand-in for a pre-trained model that follows instructions: it learns to answer a prompt with something like
-    either response, a better prompt with something like the chosen, a worse one with something like the rejected.
+    It learns to answer a prompt with either response, a better prompt with the chosen one and a
+    worse prompt with the rejected one.
     """
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    texts = (text for pair in pairs for style in PROMPTS for side in SIDES
-             for prompt in contrastive_prompts(as_messages(pair["prompt"]), pair[side], style)
-             for text in (f"User:\n{prompt[-1]['content']}\n\nAssistant:\n", pair[side]))
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=["<|end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer = tiny_tokenizer(pairs)
     torch.manual_seed(seed)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_layer=2, n_embd=64, n_head=2, n_positions=256, vocab_size=len(tokenizer), initializer_range=0.1,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0)).eval()
-    model.shares_prompts, rows = True, []
+    config = transformers.GPT2Config(
+        name_or_path=TINY,
+        n_layer=2,
+        n_embd=64,
+        n_head=2,
+        n_positions=256,
+        vocab_size=len(tokenizer),
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.shares_prompts = True
+    rows = []
     for style in PROMPTS:
-        for pair in encode(tokenizer, pairs, 256, style)[0]:
-            # a revision improves on the rejected response or spoils the chosen one: it never repeats what it is shown
-            for prompt, side in zip(("prompt", "prompt", "rejected_better", "chosen_worse"), SIDES * 2):
-                rows.append((pair[f"{prompt}_ids"].tolist(), pair[f"{side}_ids"].tolist()))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_LR, weight_decay=0.0, fused=True)
+        for pair in encode(tokenizer, pairs, style, max_length=256):
+            chosen, rejected = pair.chosen, pair.rejected
+            # a revision improves on the rejected response or spoils the chosen one: if it repeated
+            # what it is shown, the model would learn to copy
+            rows.append((chosen.prompt_ids.tolist(), chosen.ids.tolist()))
+            rows.append((rejected.prompt_ids.tolist(), rejected.ids.tolist()))
+            rows.append((rejected.better_ids.tolist(), chosen.ids.tolist()))
+            rows.append((chosen.worse_ids.tolist(), rejected.ids.tolist()))
+    peak = 3e-3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(seed)
     for step in bar(range(steps), desc="warm up", unit=" steps"):
-        some = torch.randint(len(rows), (WARM_ROWS,), generator=generator)
-        logps, mask = response_logps(model, *zip(*[rows[i] for i in some]))
+        batch = [rows[i] for i in torch.randint(len(rows), (8,), generator=generator)]
+        logps, mask = response_logps(model, *map(list, zip(*batch, strict=True)))
         (-logps.sum() / mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = WARM_LR * schedule(step, steps)
+        optimizer.param_groups[0]["lr"] = peak * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
     return model, tokenizer
 
 
-# ------------------------------------------------------------------------------------------------ 10 command line
-DEFAULTS = {"dpo": {"beta": 0.1, "gamma": 0.0}, "simpo": {"beta": 2.5, "gamma": 1.0}}
-# the tiny model's, tuned by --lrs and --betas (α = 0) on the validation split
-TINY = {"dpo": {"lr": 4e-4, "beta": 1.0}, "simpo": {"lr": 2e-4, "beta": 1.0}}
+def tiny_tokenizer(pairs):
+    """Byte-level BPE, learned on these pairs, with the plain chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = []
+    for pair in pairs:
+        for style in PROMPTS:
+            for response in (pair.chosen, pair.rejected):
+                for prompt in contrastive_prompts(pair.prompt, response.text, style):
+                    texts += [f"User:\n{prompt[-1]['content']}\n\nAssistant:\n", response.text]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=["<|end|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>"
+    )
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
 
-def default_lr(parameters):
-    """5e-7, published for 8e9 parameters, grows as the size falls, by its square root: 4e-6 at 135e6, 1e-4 at 2e5."""
-    return float(f"{5e-7 * math.sqrt(8e9 / parameters):.1e}")
 
-def settle(s, model, **changes):
-    """-> a copy of the settings with these changes, and with the learning rate, β and γ that were not given."""
-    new = argparse.Namespace(**{**vars(s), **changes})
-    if new.algorithm != s.algorithm:  # what was given or settled is on the other algorithm's scale
-        vars(new).update({"lr": None, "beta": None, "gamma": None, **changes})
-    defaults = {"lr": default_lr(model.num_parameters()), **DEFAULTS[new.algorithm],
-                **({} if s.model else TINY[new.algorithm])}
-    vars(new).update({name: value for name, value in defaults.items() if getattr(new, name) is None})
-    return new
+# ------------------------------------------------------------------------------------ 10 compare
+# A variant is a name and the settings that it changes. The comparison trains every variant from
+# the same reference on the same pairs in the same order, for each of some seeds.
 
-def number(kind, low, high=10**12):
-    """An argparse type: an int or float from low to high."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        whole = "whole " * (kind is int)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to {high}")
-    return parse
-
-def parse(argv):
-    parser = argparse.ArgumentParser(prog="treg.py", description="T-REG. Without arguments: make a tiny model, train "
-                                     "it, show what changed. Defaults are in [].")
-    data, whole = str(Path(__file__).with_name("tiny_data.jsonl")), number(int, 1)
-    share, positive = number(float, 0), number(float, 1e-12)
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    held = lambda text: (number(float, 0, 0.99) if "." in text else number(int, 0))(text)  # noqa: E731
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--model", help="folder or hub name of a causal language model [the tiny model]")
-    add("--warm-steps", type=whole, default=2000, help="warm-up of the tiny model [%(default)s]")
-    add("--data", default=data, help=".json, .jsonl, .csv or .parquet file, or hub data set [tiny_data.jsonl]")
-    add("--max-pairs", type=whole, help="train on at most this many pairs")
-    add("--on-policy", type=number(int, 2), metavar="K", help="train on best and worst, by the judge, of K "
-        "responses that the untrained model samples to each prompt; for data with keywords")
-    add("--split", default="test", help="split of the data to evaluate on [%(default)s]")
-    add("--holdout", type=held, default=0.1, help="number or share of pairs to evaluate on without it [%(default)s]")
-    add("--max-length", type=number(int, 8), default=1024, help="longer pairs are dropped; in tokens [%(default)s]")
-    add = parser.add_argument_group("the loss").add_argument
-    add("--algorithm", choices=tuple(DEFAULTS), default="dpo", help="the preference loss [%(default)s]")
-    add("--alpha", type=share, default=0.25, help="strength of the regulariser; 0: plain DPO or SimPO [%(default)s]")
-    add("--beta", type=positive, help="reward scale [dpo 0.1, simpo 2.5; the tiny model 1]")
-    add("--gamma", type=share, help="target margin [dpo 0, simpo 1]")
-    add("--weighting", choices=("sequence", "static"), default="sequence", help="the regulariser's weight: that of the "
-        "preference loss's own gradient, or the constant 1/2 [%(default)s]")
-    add = parser.add_argument_group("the token rewards").add_argument
-    add("--token-rewards", choices=("contrastive", "sft", "dpo", "shuffled", "swapped"), default="contrastive",
-        help="by contrastive prompts; 1 on chosen, 0 on rejected; by a model trained with DPO; or, as controls, "
-        "shuffled in a response, prompts swapped [%(default)s]")
-    add("--prompts", default="auto", help="answer, revise, your .json file, or auto: the better of the two [auto]")
-    add("--check-prompts", action="store_true", help="only measure how well the prompts tell chosen from rejected")
-    add("--reward-model", help="model with the same tokenizer that writes the token rewards [--model, untrained]")
-    add = parser.add_argument_group("the training").add_argument
-    add("--lr", type=positive, help="peak learning rate [5e-7 x sqrt(8e9 / parameters); the tiny model's is tuned]")
-    add("--epochs", type=whole, help="passes over the pairs [1; the tiny model 3]")
-    add("--steps", type=whole, help="optimiser steps, in place of epochs")
-    add("--batch-size", type=whole, default=8, help="pairs in a batch [%(default)s]")
-    add("--accumulate", type=whole, default=1, help="batches in an optimiser step [%(default)s]")
-    add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of all random numbers [%(default)s]")
-    add = parser.add_argument_group("the comparison").add_argument
-    add("--compare", action="store_true", help="train the paper's table and two controls from one "
-        "reference, and print it; --lr, --beta and --gamma are for the rows of --algorithm")
-    add("--seeds", type=whole, default=5, help="runs of each row, from --seed on [%(default)s]")
-    add("--alphas", type=share, nargs="+", default=[], help="also a row for each of these")
-    add("--lrs", type=positive, nargs="+", default=[], help="instead, the plain loss at each of these learning rates")
-    add("--betas", type=positive, nargs="+", default=[], help="and at each of these reward scales")
-    add = parser.add_argument_group("the machine").add_argument
-    add("--device", choices=devices, default=devices[0], help="where to compute [cuda if there is one]")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of matrix products; other work fp32 [%(default)s]")
-    add("--out", help="new folder for the model, metrics.jsonl and summary.json [runs/<time>]")
-    add("--save-every", type=whole, default=200, help="steps between checkpoints [%(default)s]")
-    add("--resume", action="store_true", help="go on with the run in --out where it was stopped")
-    s = parser.parse_args(argv)
-    if s.split == "train":
-        parser.error("argument --split: the pairs that are trained on are no test")
-    if s.resume and not s.out:
-        parser.error("argument --resume: needs --out, the folder of the run to go on with")
-    for name, value in vars(s).items():
-        if value == "":  # an unset variable of the shell's
-            parser.error(f"argument --{name.replace('_', '-')}: is empty")
-    s.epochs, s.styles = s.epochs or (1 if s.model else 3), read_prompts(s.prompts)
-    return s
-
-def read_prompts(name):
-    """--prompts -> {name: templates}, of all PROMPTS for "auto", or of one, perhaps from a .json file."""
-    if name == "auto" or name in PROMPTS:
-        return PROMPTS if name == "auto" else {name: PROMPTS[name]}
-    with explain(f"--prompts {name}: must be auto, {', '.join(PROMPTS)} or a .json file", "it needs better and worse"):
-        style = json.loads(Path(name).read_bytes())
-        style = {side: read_text(style[side], side, f"--prompts {name}") for side in ("better", "worse")}
-    for side in style:
-        need({"prompt"} <= {*re.findall(r"\{(\w*)\}", style[side])} <= {"prompt", "response"},
-             f"--prompts {name}: {side} needs {{prompt}}, may have {{response}}, and no other field")
-    need(style["better"] != style["worse"], f"--prompts {name}: better and worse must be different")
-    return {name: style}
-
-def load_model(name, flag, device, checkpointing=False):
-    """-> (model with float32 weights and no dropout, tokenizer with a chat template), from a folder or the hub."""
-    with explain(f"{flag} {name}: cannot be loaded", "name a folder that save_pretrained wrote, model and tokenizer, "
-                 "or a hub name where the hub can be reached"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # unset, it would ask
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(  # float32: see plain_logps
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
-        model.to(device)
-        end, rows = end_token(tokenizer), model.get_input_embeddings().weight.shape[0]
-    missing = ", ".join(sorted(loaded["missing_keys"]))  # transformers would fill them with random numbers
-    need(not missing, f"{flag} {name}: weights missing: {missing}")
-    need(tokenizer("a", add_special_tokens=False)["input_ids"], f"{flag} {name}: no tokenizer")
-    need(end is not None, f"{flag} {name}: no end token: set the tokenizer's eos_token")
-    need(len(tokenizer) <= rows, f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, its model {rows}")
-    if checkpointing:  # not by transformers' switch, which wants training mode: dropout, and samples without a cache
-        for module in model.modules():
-            if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
-                module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-    return model, tokenizer
-
-def load_data(s):
-    """-> {"train": pairs, s.split: pairs for evaluation}: that split if the data has it, else --holdout of all."""
-    pairs, test = load_pairs(s.data), load_pairs(s.data, s.split)
-    need(test or s.split == "test", f"--split {s.split}: {s.data} has no such split")
-    if not test:
-        count = int(s.holdout * len(pairs)) if isinstance(s.holdout, float) else s.holdout
-        order = np.random.default_rng(0).permutation(len(pairs))  # not of the seed: seeds share their test
-        test, pairs = ([pairs[i] for i in sorted(part)] for part in (order[:count], order[count:]))
-    need(pairs, f"{s.data}: --holdout {s.holdout} and other splits leave no pair to train on")
-    return {"train": pairs[:s.max_pairs], s.split: test}
-
-def load_models(s):
-    """-> (policy, tokenizer, reward model or None); completes the settings that depend on the policy."""
-    for flag, name in ("--model", s.model), ("--reward-model", s.reward_model):
-        need(not name or not Path(name).exists() and name[0] not in "./~" or Path(name, "config.json").is_file(),
-             f"{flag} {name}: is no model folder; it must be there and hold a config.json")
-    scorer, other = load_model(s.reward_model, "--reward-model", s.device) if s.reward_model else (None, None)
-    if s.model:
-        model, tokenizer = load_model(s.model, "--model", s.device, s.gradient_checkpointing)
-    else:
-        warm = load_pairs(s.data, "warmup")
-        need(warm, f"--data {s.data}: has no warmup split to make the tiny model from; name a --model")
-        model, tokenizer = make_tiny(warm, s.seed, s.warm_steps)
-        model.to(s.device)
-    need(not scorer or other.get_vocab() == tokenizer.get_vocab(),
-         f"--reward-model {s.reward_model}: has another tokenizer than --model; name another")
-    size = model.num_parameters()
-    vars(s).update(vars(settle(s, model)))
-    print(f"model: {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, learning rate {s.lr}, on {s.device}")
-    if s.lr > 1e-5 and size > 1e8:
-        print(f"warning: --lr {s.lr} is one for adapters; to train all of this model, try {default_lr(size)}")
-    for each in (model, scorer or model):
-        config = each.config.get_text_config()
-        s.max_length = min(s.max_length, getattr(config, "max_position_embeddings", s.max_length))
-    return model, tokenizer, scorer
-
-def choose_prompts(model, tokenizer, pairs, s, scorer):
-    """Measure the styles that --prompts names on up to 200 pairs, and print how they do. -> the best style."""
-    results = []
-    for name, style in s.styles.items():
-        some, dropped = encode(tokenizer, pairs[:200], s.max_length, style)
-        if not some:
-            print(f"prompts {name}: no pair is left ({dropped})")
-            continue
-        share, low, high = pair_accuracy(annotate(model, tokenizer, some, style, scorer, s.batch_size))
-        print(f"prompts {name}: pair accuracy {share:.3f} (95 % interval {low:.3f} to {high:.3f}, {len(some)} pairs)")
-        results.append((share, low, name, style))
-    need(results, f"{s.data}: no pair is left to train on ({dropped})")
-    share, low, name, style = max(results, key=lambda result: result[0])
-    if low <= 0.5:
-        print(f"warning: by the prompts {name} this model tells chosen from rejected no better than chance, and the "
-              "regulariser would push at random; write prompts of your own (--prompts FILE.json) or use --alpha 0")
-    return style
-
-def pick(texts, keywords, errors):
-    """-> (best, worst) of the texts by the judge, the first of equals; None if all are equally good."""
-    texts = sorted(texts, key=lambda text: errors(text, keywords))
-    return (texts[0], texts[-1]) if errors(texts[0], keywords) < errors(texts[-1], keywords) else None
-
-def on_policy(model, tokenizer, pairs, s, errors):
-    """The paper's data: -> for each prompt the best and the worst of K responses sampled from the untrained model."""
-    pairs, _ = encode(tokenizer, pairs, s.max_length)
-    texts = sample(model, tokenizer, [pair for pair in pairs for _ in range(s.on_policy)], s.seed)
-    picked = [pick(texts[i * s.on_policy:][:s.on_policy], pair["keywords"], errors) for i, pair in enumerate(pairs)]
-    fresh = [{name: pair[name] for name in ("prompt", "keywords", "where")} | dict(zip(SIDES, pick))
-             for pair, pick in zip(pairs, picked) if pick]
-    wrong = [np.mean([errors(pair[side], pair["keywords"]) for pair in fresh] or [0]) for side in SIDES]
-    print("on-policy: {} pairs, {:.2f} errors in chosen and {:.2f} in rejected; dropped: {} prompts with responses "
-          "all equally good".format(len(fresh), *wrong, len(pairs) - len(fresh)))
-    return fresh
-
-def checksum(arrays):
-    """CRC-32 of arrays: are data and weights still those of the run that is to go on?"""
-    return functools.reduce(lambda total, array: zlib.crc32(np.ascontiguousarray(array), total), arrays, 0)
-
-def keep_annotation(path, pairs, make):
-    """-> make()'s annotated pairs, kept in path for a resumed run, whose settings are the same or it is refused."""
-    names = [(f"{side}_{name}", f"{side}_ids") for side in SIDES for name in ("ref_logps", "token_rewards")]
-    if not path.exists():
-        pairs = make()
-        flat = {name: torch.from_numpy(np.concatenate([pair[name] for pair in pairs])) for name, _ in names}
-        write(path, flat)
-        return pairs
-    with explain(f"{path}: damaged", "without it --resume makes it again"):
-        flat = read(path)
-        for name, ids in names:
-            for pair, value in zip(pairs, flat[name].split([len(pair[ids]) for pair in pairs])):
-                pair[name] = value.numpy()
-        return pairs
-
-def save_settings(out, settings):
-    """Keep the settings of a new run; refuse to resume a run that had others, naming what differs."""
-    path = out / "settings.json"
-    if path.exists():
-        with explain(f"{path}: damaged", "name another --out"):
-            saved = json.loads(path.read_bytes())
-            changed = [f"{name} was {saved.get(name)} and is {value}" for name, value in settings.items()
-                       if saved.get(name) != value and name not in ("out", "resume", "save_every")]
-        need(not changed, f"--resume: the run in {out} is another one: {'; '.join(changed)}")
-    out.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(settings, indent=2) + "\n")
-
-@contextlib.contextmanager
-def measure(name, device, summary):
-    """Write a phase's seconds, CPU seconds, computed positions and peak memory (on a CPU: so far) into summary."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds, cpu, tokens = time.perf_counter(), time.process_time(), response_logps.positions
-    yield
-    if device == "cuda":
-        torch.cuda.synchronize()
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    summary |= {f"{name}_seconds": time.perf_counter() - seconds, f"{name}_cpu_seconds": time.process_time() - cpu,
-                f"{name}_tokens": response_logps.positions - tokens, f"{name}_peak_memory_bytes": memory,
-                "peak_memory_bytes": memory}
-
-def prepare(s, summary, out=None):
-    """-> (model, tokenizer, judge or None, annotated pairs for training, the same for evaluation), with a folder out
-    also kept there; or, after --check-prompts, None."""
-    texts = load_data(s)
-    model, tokenizer, scorer = load_models(s)
-    errors = judge(sum(texts.values(), []))
-    if s.on_policy:
-        need(errors, f"--on-policy: {s.data} has no keywords for a judge to pick by")
-        texts["train"] = on_policy(model, tokenizer, texts["train"], s, errors)
-    style = next(iter(s.styles.values()))
-    if not s.compare and not s.check_prompts and (not s.alpha or s.token_rewards in ("sft", "dpo")):
-        style = None
-    elif s.check_prompts or len(s.styles) > 1:
-        style = choose_prompts(model, tokenizer, texts["train"], s, scorer)
-    if s.check_prompts:
-        return None
-    data = {}
-    for split, pairs in texts.items():
-        data[split], dropped = encode(tokenizer, pairs, s.max_length, style)
-        need(data[split] or split != "train", f"{s.data}: no pair is left to train on ({dropped})")
-        print(f"{split}: {len(data[split])} pairs" + f" ({dropped})" * bool(dropped))
-    pairs, count = data["train"] + data[s.split], len(data["train"])
-    for each in filter(None, (scorer, model)):
-        error, seconds = share_prompts(each, pairs)
-    if not model.shares_prompts:
-        print(f"note: sharing prompts changes log-probs by {error:.1g}, so every response is computed alone")
-    epochs = s.steps * s.batch_size * s.accumulate / count if s.steps else s.epochs
-    every = sum(pair[name].size for pair in pairs for name in pair if name.endswith("_ids"))
-    plain = sum(pair[name].size for pair in data["train"] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    print(f"time: about {seconds * (every + 3 * epochs * plain) / 60:.1f} minutes")  # 3: forward, and twice backward
-    if out:
-        state = {"torch": torch.__version__, "transformers": transformers.__version__, "style": style, "pairs":
-                 checksum(pair[name] for pair in pairs for name in sorted(pair) if name.endswith("_ids"))}
-        for name, each in ("weights", model), ("reward_weights", scorer):
-            state[name] = checksum(value.cpu().numpy() for value in each.state_dict().values()) if each else None
-        save_settings(out, {**vars(s), **state})
-
-    def make():
-        done = annotate(model, tokenizer, pairs, style, scorer, s.batch_size, s.max_length, s.dtype)
-        return done if s.compare or not s.alpha else replace_rewards(model, done, count, s)
-
-    with measure("annotate", s.device, summary):
-        pairs = keep_annotation(out / "annotation.pt", pairs, make) if out else make()
-    if style:
-        share, low, high = pair_accuracy(pairs[:count])
-        print(f"token rewards: pair accuracy {share:.3f} (95 % interval {low:.3f} to {high:.3f})")
-    return model, tokenizer, errors, pairs[:count], pairs[count:]
-
-# the paper's table and two controls: name -> what it changes in the settings
-ROWS = {
+VARIANTS = {  # the paper's table, and two controls
     "DPO": {"algorithm": "dpo", "alpha": 0.0},
     "DPO-REG": {"algorithm": "dpo"},
     "DPO-SFT": {"algorithm": "dpo", "token_rewards": "sft"},
@@ -1084,134 +1720,780 @@ ROWS = {
     "SimPO": {"algorithm": "simpo", "alpha": 0.0},
     "SimPO-REG": {"algorithm": "simpo"},
 }
-BASES = {"dpo": "DPO", "simpo": "SimPO"}  # the row that each algorithm's rows are compared with
 
-def compare(s, out):
-    """Train every row from the same reference on the same pairs in the same order, for each seed; print the table."""
-    path, base, curves, shown = out / "compare.jsonl", BASES[s.algorithm], {}, {}
-    rows = ROWS | {f"{base}-REG, alpha {alpha}": {"algorithm": s.algorithm, "alpha": alpha} for alpha in s.alphas}
-    if s.lrs or s.betas:
-        rows = {f"{base}, lr {lr or 'default'}, beta {beta or 'default'}":
-                {"algorithm": s.algorithm, "alpha": 0.0, "lr": lr, "beta": beta}
-                for lr in s.lrs or [s.lr] for beta in s.betas or [s.beta]}
-    save_settings(out, {**vars(s), "pairs": zlib.crc32(repr(load_data(s)).encode())})
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(line["seed"], line["row"]) for line in lines}
-    with bar(desc="compare", unit=" rows", initial=len(lines), total=s.seeds * len(rows)) as progress:
-        for seed in range(s.seed, s.seed + s.seeds):
-            left = [name for name in rows if (seed, name) not in done]
-            if not left:
-                continue
-            one = argparse.Namespace(**{**vars(s), "seed": seed})
-            model, tokenizer, errors, pairs, test = prepare(one, {})
-            need(test, f"{s.data}: --compare needs pairs to evaluate on; see --split and --holdout")
-            start = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-            for name in left:
-                plain = {"weighting": "sequence", "token_rewards": "contrastive"}
-                variant, summary = settle(one, model, **{**plain, **rows[name]}), {}
-                with measure("train", s.device, summary):
-                    annotated = replace_rewards(model, pairs + test, len(pairs), variant)
-                    curves[name] = train(model, annotated[:len(pairs)], variant)
-                shown[name] = annotated[len(pairs):]
-                result, _, each = evaluate(model, tokenizer, shown[name], variant, errors)
-                result |= {"row": name, "seed": seed, "base": BASES[variant.algorithm], "each": each}
-                lines.append({**result, **summary})
-                write(path, as_lines(lines))
-                model.load_state_dict(start)
-                progress.update()
-    text = table(lines)
-    print("\n" + text)
-    if not shown:  # all was done before: so was the report
-        return
-    pairs = [{**reg, "chosen_plain": plain["chosen_credit"], "rejected_plain": plain["rejected_credit"]}
-             for reg, plain in zip(shown.get("DPO-REG", []), shown.get("DPO", [])[:5])]
-    report(out / "report.html", curves, text, pairs, tokenizer,
-           {"token reward": "token_rewards", "learned, DPO-REG": "credit", "learned, DPO": "plain"})
-    print(f"\n{out}: compare.jsonl and report.html")
 
-def bootstrap(differences, draws=4000):
-    """(seeds, prompts) -> (mean, low and high of its 95 % interval), seeds and prompts both drawn with replacement."""
-    rng, (seeds, prompts) = np.random.default_rng(0), differences.shape
-    means = [differences[rng.integers(seeds, size=seeds)][:, rng.integers(prompts, size=prompts)].mean()
-             for _ in range(draws)]
-    return differences.mean(), *np.quantile(means, [0.025, 0.975])
+def read_variants(path):
+    """Variants of one's own from a JSON file, {name: {setting: value}}; without a path VARIANTS."""
+    if path is None:
+        return VARIANTS
+    known = {"algorithm", "alpha", "beta", "gamma", "weighting", "token_rewards", "prompts", "lr"}
+    known |= {"epochs", "batch_size"}
+    with explain(f"--variants {path}: not usable", 'it holds {"name": {"alpha": 0.5}, …}'):
+        variants = json.loads(Path(path).read_text("utf-8"))
+        need(variants, f"--variants {path}: holds no variant")
+        for name, changes in variants.items():
+            others = ", ".join({*changes} - known)
+            need(not others, f"--variants {path}: {name}: cannot change {others}")
+            try:
+                read_prompts(replace(Settings(), **changes).prompts)
+            except UserError as error:
+                raise UserError(f"--variants {path}: {name}: {error}") from None
+    return variants
 
-def table(lines):
-    """The lines of compare.jsonl -> text: mean ± standard error over seeds, and the paired difference to the base."""
-    columns = {"perfect_responses": "perfect", "errors_per_response": "errors", "accuracy": "accuracy",
-               "credit_auroc": "credit AUROC", "credit_auroc_pooled": "pooled", "token_reward_auroc": "r̂ AUROC"}
-    names = [name for name in columns if lines[0].get(name) is not None]
-    rows, cells = {}, [["", *(columns[name] for name in names), f"{columns[names[0]]} − base (95 %)", "ahead"]]
-    for line in sorted(lines, key=lambda line: line["seed"]):
-        rows.setdefault(line["row"], []).append(line)
-    for row, of in rows.items():
-        cells.append([row])
-        for name in names:
-            values = np.array([line[name] for line in of])
-            error = f" ± {values.std(ddof=1) / math.sqrt(len(of)):.3f}" if len(of) > 1 else ""
-            cells[-1].append(f"{values.mean():.3f}{error}")
-        base = rows.get(of[0]["base"], of)
-        if base is not of and len(base) == len(of):
-            differences = np.array([line["each"] for line in of]) - np.array([line["each"] for line in base])
-            mean, low, high = bootstrap(differences)
-            cells[-1] += [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})", f"{(differences.mean(1) > 0).sum()} of {len(of)}"]
+
+def variant_settings(s, changes, model):
+    """The settings of a variant. What is given for one algorithm is not on the other's scale."""
+    if changes.get("algorithm", s.algorithm) != s.algorithm:
+        s = replace(s, lr=None, beta=None, gamma=None)
+    return resolve(s, model, **changes)
+
+
+def compare(s, out, judge=None):
+    """Train and evaluate every variant for each seed; print the table. -> results, a list of dicts.
+
+    They are kept in out/compare.jsonl; a comparison that was stopped goes on after the last one.
+    """
+    variants, path, results = read_variants(s.variants), out / "compare.jsonl", []
+    write_settings(out, s)
+    if path.exists():
+        results = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    done = {(result["seed"], result["variant"]) for result in results}
+    seeds = range(s.seed, s.seed + s.compare)
+    work = [(seed, name) for seed in seeds for name in variants if (seed, name) not in done]
+    start, curves, shown = None, {}, {}
+    for seed, name in bar(work, desc="compare", unit=" variants"):
+        prompts = variants[name].get("prompts", s.prompts)
+        # a model that is loaded is the same for all seeds, the tiny one is made anew for each
+        parts = ["start", re.sub(r"\W+", "_", prompts), *([] if s.model else [str(seed)])]
+        folder = out / "-".join(parts)
+        if start is None or folder != start.folder:
+            begin = {"seed": seed, "prompts": prompts, "alpha": 1.0, "token_rewards": "contrastive"}
+            start = prepare(replace(s, **begin), folder, judge)
+            need(start.heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
+        variant = variant_settings(replace(s, seed=seed), variants[name], start.model)
+        pairs, heldout = variant_rewards(start, variant)
+        start.restore()
+        curves[name] = train(start.model, pairs, variant, heldout=heldout)
+        metrics, shown[name] = evaluate(start.model, start.tokenizer, heldout, variant, judge)
+        each = [pair.correct if pair.score is None else pair.score for pair in shown[name]]
+        about = {"variant": name, "seed": seed, "algorithm": variant.algorithm}
+        results.append({**about, "alpha": variant.alpha, **metrics, "each": each})
+        write(path, as_lines(results))
+    text = table(results)
+    say(f"\n{text}")
+    if shown:  # else all was done before, and so was the page
+        layers = {"token reward r̂": (start.heldout, "token_rewards")}
+        for name in {"DPO", "DPO-REG"} & {*shown}:
+            layers[f"learned by {name}"] = (shown[name], "credit")
+        about = describe(resolve(s, start.model))
+        page = report(
+            "T-REG: a comparison", about, text, curves, start.heldout[:5], start.tokenizer, layers
+        )
+        write(out / "report.html", page)
+    say(f"\n{out}: compare.jsonl and report.html")
+    return results
+
+
+def variant_rewards(start, s):
+    """-> (pairs, held-out pairs) with the token rewards of these settings; start itself stays."""
+    both = [start.pairs, start.heldout]
+    if s.token_rewards == "dpo":
+        plain = resolve(replace(s, algorithm="dpo"), start.model, alpha=0.0)
+        start.restore()
+        train(start.model, start.pairs, plain)
+        both = [measure(start.model, pairs, plain)[1] for pairs in both]
+    return [change_rewards(pairs, s.token_rewards, s.seed) for pairs in both]
+
+
+def interval(differences, level=0.95):
+    """-> (mean, low, high) of differences, (seeds, prompts), both a sample of many.
+
+    Variances by the two-way analysis (seeds, prompts, what is left), degrees of freedom by
+    Satterthwaite, Student's quantile by Cornish and Fisher's series. nan with a single seed.
+    """
+    values = np.asarray(differences, dtype=float)
+    (seeds, prompts), mean = values.shape, values.mean()
+    if seeds < 2 or prompts < 2:
+        return mean, math.nan, math.nan
+    rows, columns = values.mean(1) - mean, values.mean(0) - mean
+    rest = values - mean - rows[:, None] - columns[None, :]
+    free = np.array([seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)])
+    squares = (
+        np.array([prompts * (rows**2).sum(), seeds * (columns**2).sum(), (rest**2).sum()]) / free
+    )
+    # seeds + prompts − rest estimates the variance of the mean, times seeds × prompts
+    total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
+    if total <= 0:
+        return mean, mean, mean
+    v = total**2 / ((squares**2 / free).sum())
+    z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    half = t * math.sqrt(total / (seeds * prompts))
+    return mean, mean - half, mean + half
+
+
+def table(results):
+    """Results of compare -> text: means ± standard errors over seeds, differences to the base.
+
+    The base of a variant is the one of its algorithm with alpha 0; differences are paired by seed
+    and prompt. score stands first where there is a judge, else accuracy.
+    """
+    first = "accuracy" if results[0]["score"] is None else "score"
+    columns = {first: first, "credit_auroc": "credit", "token_reward_auroc": "r̂"}
+    columns = {name: title for name, title in columns.items() if results[0][name] is not None}
+    variants = {}
+    for result in sorted(results, key=lambda result: result["seed"]):
+        variants.setdefault(result["variant"], []).append(result)
+    cells = [["", *columns.values(), "minus base (95 %)", "ahead"]]
+    for name, of in variants.items():
+        cells.append([name, *(mean_error([result[column] for result in of]) for column in columns)])
+        base = [r for r in results if r["algorithm"] == of[0]["algorithm"] and r["alpha"] == 0]
+        each = {r["seed"]: r["each"] for r in base if r["variant"] == base[0]["variant"]}
+        if base and base[0]["variant"] != name and all(r["seed"] in each for r in of):
+            differences = np.array([np.subtract(r["each"], each[r["seed"]]) for r in of])
+            mean, low, high = interval(differences)
+            within = "" if math.isnan(low) else f" ({low:+.3f} to {high:+.3f})"
+            ahead = int((differences.mean(1) > 0).sum())
+            cells[-1] += [f"{mean:+.3f}{within}", f"{ahead} of {len(of)}"]
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)) for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
-def run(s):
-    """One command line, from the files to the trained model."""
-    transformers.logging.set_verbosity_error()
-    s.out = s.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S")
-    out, summary = Path(s.out), {}
-    need(next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir(),
-         f"--out {out}: is a file, or in one; name a new folder")
-    if s.resume and (out / "summary.json").exists():
-        return print(f"{out}: this run is finished; its results are in summary.json")
-    need(not out.exists() or not any(out.iterdir()) or s.resume and (out / "settings.json").exists(),
-         f"--out {out}: is not empty; name a new folder, or one that holds a run and --resume")
+
+def mean_error(values):
+    if None in values:
+        return "–"
+    error = f"±{np.std(values, ddof=1) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{error}"
+
+
+# ------------------------------------------------------------------------- 11 settings and run
+# From a command line to a run folder. A field of Settings is a flag of the command line and a
+# keyword of annotate, train and evaluate; help, default and range stand here and nowhere else.
+
+
+def flag(default, help, low=None, high=1e12, group=None):
+    """A field of Settings. low, high: its range. group: the group of flags that begins with it."""
+    shown = "" if default in (None, False) or "[" in help else f" [{default}]"
+    about = {"help": (help + shown).replace("%", "%%"), "low": low, "high": high, "group": group}
+    return field(default=default, metadata=about)
+
+
+TINY_DATA = str(Path(__file__).with_name("tiny_data.jsonl"))
+KINDS = Literal["contrastive", "sft", "shuffled", "swapped", "dpo"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run. None: resolve() finds the value. UserError: out of its range."""
+
+    model: str | None = flag(
+        None, "folder or hub name of a causal language model [a tiny one]", group="model and data"
+    )
+    data: str = flag(TINY_DATA, "file of pairs or hub data set [tiny_data.jsonl beside treg.py]")
+    split: str = flag("test", "split of the data to evaluate on")
+    holdout: float = flag(0.1, "without such a split: share of the pairs, or from 1 on number", 0)
+    max_pairs: int | None = flag(None, "train on at most this many pairs", 1)
+    max_length: int = flag(1024, "in tokens; longer pairs are dropped", 8)
+
+    algorithm: Literal["dpo", "simpo"] = flag("dpo", "the preference loss", group="the loss")
+    alpha: float = flag(0.25, "strength of the regulariser; 0 is plain DPO or SimPO", 0)
+    beta: float | None = flag(None, "reward scale [dpo 0.1, simpo 2.5; the tiny model 1]", 1e-12)
+    gamma: float | None = flag(None, "target margin [dpo 0, simpo 1]", 0)
+    weighting: Literal["sequence", "static"] = flag(
+        "sequence", "w: the preference loss's own, or ½"
+    )
+
+    prompts: str = flag(
+        "answer", "answer, revise, or a .json file with better and worse", group="the token rewards"
+    )
+    check_prompts: bool = flag(False, "only measure how well prompts tell chosen from rejected")
+    token_rewards: KINDS = flag(
+        "contrastive", "contrastive prompts; 1 on chosen, 0 on rejected; two controls; DPO's credit"
+    )
+
+    lr: float | None = flag(
+        None, "peak rate [5e-7 x sqrt(8e9 / parameters); tiny: tuned]", 1e-12, group="the training"
+    )
+    epochs: int | None = flag(None, "passes over the pairs [1; the tiny model 3]", 1)
+    batch_size: int = flag(8, "pairs in an optimiser step", 1)
+    pass_tokens: int = flag(1024, "tokens in a forward pass: speed and memory, not the result", 1)
+    gradient_checkpointing: bool = flag(False, "less memory for about a third more time")
+    dtype: Literal["fp32", "bf16"] = flag("fp32", "of matrix products; all else is fp32")
+    seed: int = flag(0, "of all random numbers", 0, 2**31)
+
+    out: str | None = flag(
+        None, "new folder for model, metrics and report [runs/<time>]", group="the run"
+    )
+    save_every: int = flag(200, "steps between checkpoints", 1)
+    resume: str | None = flag(None, "folder of a stopped run to go on with; no flag beside it")
+
+    compare: int = flag(
+        0, "train the paper's table and controls with this many seeds", 0, 1000, group="experiments"
+    )
+    variants: str | None = flag(None, ".json file, {name: {setting: value}}, to compare instead")
+
+    def __post_init__(self):
+        for item in fields(self):
+            name, value = f"--{item.name.replace('_', '-')}", getattr(self, item.name)
+            low, high = item.metadata["low"], item.metadata["high"]
+            kinds = get_args(item.type) or (item.type,)
+            if get_origin(item.type) is Literal:
+                need(value in kinds, f"{name}: must be one of {', '.join(kinds)}, not {value}")
+            else:
+                fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+                need(fits, f"{name}: must be of type {kinds[0].__name__}, not {value!r}")
+            if low is not None and value is not None:
+                need(low <= value <= high, f"{name}: must be from {low} to {high:g}, not {value}")
+            need(value != "", f"{name}: is empty")
+        need(self.split != "train", "--split: the pairs that are trained on are no test")
+
+
+def resolve(settings, model, **changes):
+    """-> Settings, by default all defaults, with these changes and without None where the value
+    depends on the model or the algorithm."""
+    s = replace(settings or Settings(), **changes)
+    tiny = model.name_or_path == TINY
+    dpo = s.algorithm == "dpo"
+    if tiny:  # tuned for the plain losses on the validation split
+        defaults = {"lr": 4e-4 if dpo else 2e-4, "beta": 1.0, "epochs": 3}
+    else:  # 5e-7, published for 8e9 parameters, grows as the size falls, by its square root
+        lr = float(f"{5e-7 * math.sqrt(8e9 / model.num_parameters()):.1e}")
+        defaults = {"lr": lr, "beta": 0.1 if dpo else 2.5, "epochs": 1}
+    defaults["gamma"] = 0.0 if dpo else 1.0
+    filled = {name: value for name, value in defaults.items() if getattr(s, name) is None}
+    return replace(s, max_length=min(s.max_length, positions(model)), **filled)
+
+
+def positions(model):
+    """The largest number of tokens in a row that the model takes."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 10**9
+
+
+def read_prompts(name):
+    """--prompts -> a name in PROMPTS, or the templates of a .json file."""
+    if name in PROMPTS:
+        return name
+    where = f"--prompts {name}"
+    with explain(f"{where}: must be {', '.join(PROMPTS)} or a .json file", "with better and worse"):
+        style = json.loads(Path(name).read_text("utf-8"))
+        style = {side: read_text(style[side], f"{where}: {side}") for side in ("better", "worse")}
+        names = {side: {part[1] for part in Formatter().parse(style[side])} for side in style}
+    for side in style:
+        sound = {"prompt"} <= names[side] <= {"prompt", "response", None}
+        need(sound, f"{where}: {side} needs {{prompt}}, may have {{response}}, and no other field")
+    need(style["better"] != style["worse"], f"{where}: better and worse must be different")
+    return style
+
+
+def best_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_model(name, checkpointing=False):
+    """-> (model with float32 weights and no dropout, tokenizer with a chat template).
+
+    name: a folder or a hub name. UserError: it cannot be loaded, or is no causal language model.
+    """
+    where, path = f"--model {name}", Path(name)
+    if path.exists() or name[0] in "./~":
+        need(
+            (path / "config.json").is_file(), f"{where}: is no model folder: it has no config.json"
+        )
+    hint = "name a folder with model and tokenizer, or a hub name where the hub can be reached"
+    with explain(f"{where}: cannot be loaded", hint):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        need(not config.is_encoder_decoder, f"{where}: is an encoder-decoder; name a causal model")
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+        size = model.get_input_embeddings().weight.shape[0]
+    lost = ", ".join(sorted(loaded["missing_keys"]))  # they would be random numbers
+    need(not lost, f"{where}: weights missing: {lost}")
+    need(tokenizer("a", add_special_tokens=False)["input_ids"], f"{where}: no tokenizer")
+    need(len(tokenizer) <= size, f"{where}: {len(tokenizer)} tokens, but embeddings of {size}")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = plain_template(tokenizer)
+    if not tokenizer.is_fast:
+        say("note: this tokenizer gives no offsets, so there are no credit figures")
+    model.to(best_device()).eval()
+    need(
+        not sees_the_future(model),
+        f"{where}: sees later tokens, as an encoder; name a causal model",
+    )
+    if checkpointing:
+        checkpoint_layers(model, where)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def sees_the_future(model):
+    """Does a later token change the logits before it?"""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
+    ids %= model.get_input_embeddings().weight.shape[0]
+    logits = [model(input_ids=row[None], use_cache=False).logits[0, :3].float() for row in ids]
+    return not torch.allclose(*logits, atol=1e-4, equal_nan=True)
+
+
+def checkpoint_layers(model, where):
+    """Gradient checkpointing; not by transformers' switch, which wants training mode: dropout."""
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    layers = [module for module in model.modules() if isinstance(module, kind)]
+    need(layers, f"--gradient-checkpointing: {where} cannot do it; leave the flag out")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def train_and_test(splits, s):
+    """-> (pairs to train on, pairs to evaluate on): of their splits, else --holdout of all."""
+    pairs, test = splits.get("train", []), splits.get(s.split, [])
+    need(test or s.split == "test", f"--split {s.split}: {s.data} has no such split")
+    used = {"train", s.split} | (set() if s.model else {"warmup"})
+    for name in sorted({*splits} - used):
+        kind = "note" if name in ("warmup", "validation", "test") else "warning"
+        say(f"{kind}: {len(splits[name])} rows of split {name} are not used")
+    if not test:
+        count = int(s.holdout if s.holdout >= 1 else s.holdout * len(pairs))
+        order = np.random.default_rng(0).permutation(len(pairs))  # not --seed: seeds share a test
+        test = [pairs[i] for i in sorted(order[:count])]
+        pairs = [pairs[i] for i in sorted(order[count:])]
+    need(pairs, f"{s.data}: --holdout {s.holdout:g} and other splits leave no pair to train on")
+    return pairs[: s.max_pairs], test
+
+
+def load_all(s):
+    """-> (model, tokenizer, texts to train on, texts to evaluate on), all as the settings say."""
+    splits = load_splits(s.data)
+    texts = train_and_test(splits, s)
+    if s.model:
+        say(f"loading {s.model} …")
+        return *load_model(s.model, s.gradient_checkpointing), *texts
+    need(
+        "warmup" in splits, f"--data {s.data}: no split warmup to make the tiny model of; --model?"
+    )
+    model, tokenizer = make_tiny(splits["warmup"], s.seed)
+    return model.to(best_device()), tokenizer, *texts
+
+
+def prompt_quality(pairs, name):
+    """Say how well the token rewards tell chosen from rejected, and warn where they do not."""
+    share, low, high = pair_accuracy(pairs)
+    within = f"95 % interval {low:.3f} to {high:.3f}, {len(pairs)} pairs"
+    say(f"prompts {name}: pair accuracy {share:.3f} ({within})")
+    if high < 0.5:
+        say("warning: rejected responses have the higher rewards: are better and worse swapped?")
+    elif low <= 0.5:
+        say("warning: that is no better than chance, and the regulariser would push at random; see")
+        say("  --check-prompts, write prompts of your own (--prompts FILE.json), or use --alpha 0")
+    return share
+
+
+def check_prompts(s):
+    """--check-prompts: measure every style on up to 200 pairs, and end with advice."""
+    model, tokenizer, texts, _ = load_all(s)
+    shares = {}
+    for name in dict.fromkeys([*PROMPTS, s.prompts]):
+        style = replace(s, prompts=name, alpha=1.0, token_rewards="contrastive")
+        pairs = annotate(model, tokenizer, texts[:200], style)
+        if pairs:
+            shares[name] = prompt_quality(pairs, name)
+    need(shares, f"{s.data}: no pair is left to measure")
+    say(f"use --prompts {max(shares, key=shares.get)}")
+
+
+# What a run folder holds while it trains. Every file is written beside the old one and renamed, so
+# that at any instant it is whole: the old one or the new one.
+
+
+def write(path, content):
+    """Write a text, or what torch.save takes. UserError: it cannot be; the old file stays."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with saving(path):
+            with open(temporary, "wb") as file:
+                if isinstance(content, str):
+                    file.write(content.encode())
+                else:
+                    torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())  # on the disk before it takes the old one's place
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append(path, row):
+    """Add a line of JSON to a file."""
+    with saving(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def read(path, device="cpu"):
+    """-> what write() gave to torch.save; nothing is unpickled but plain values and tensors."""
+    with loading(path):
+        return torch.load(path, map_location=device, weights_only=True)
+
+
+def save_checkpoint(out, model, optimizer, history):
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict() if optimizer else None,
+        "history": history,
+    }
+    write(out / "checkpoint.pt", state)
+
+
+def load_checkpoint(out, model, optimizer):
+    """Take weights and optimiser from the folder's checkpoint, if there is one. -> its history."""
+    path, history = out / "checkpoint.pt", []
+    if path.exists():
+        state = read(path, model.device)
+        with loading(path):
+            model.load_state_dict(state["model"])
+            if state["optimizer"]:
+                optimizer.load_state_dict(state["optimizer"])
+            history = state["history"]
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "metrics.jsonl", as_lines(history))  # lines of steps after the checkpoint go
+    return history
+
+
+@dataclass
+class Start:
+    """What training begins from, kept in a folder: a stopped run goes on from nothing else."""
+
+    folder: Path
+    settings: Settings
+    model: Any
+    tokenizer: Any
+    pairs: list
+    heldout: list  # with samples of the untrained model
+    before: dict  # its metrics
+    cost: dict  # of the annotation
+
+    def restore(self):
+        """Put the weights of the folder's checkpoint into the model."""
+        path = self.folder / "checkpoint.pt"
+        state = read(path, self.model.device)
+        with loading(path):
+            self.model.load_state_dict(state["model"])
+
+
+def prepare(s, folder, judge=None):
+    """From the files to a Start; from its folder, if it has been made before."""
+    if (folder / "checkpoint.pt").exists():
+        return load_start(s, folder)
+    model, tokenizer, texts, heldout_texts = load_all(s)
+    s = resolve(s, model)
+    with measured() as cost:
+        pairs = annotate(model, tokenizer, texts, s)
+        heldout = annotate(model, tokenizer, heldout_texts, s)
+    need(pairs, f"{s.data}: no pair is left to train on")
+    steps, size = s.epochs * math.ceil(len(pairs) / s.batch_size), model.num_parameters()
+    say(f"model {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, on {model.device.type}")
+    say(f"{len(pairs)} pairs to train on, {len(heldout)} held out, {steps} steps of {s.batch_size}")
+    say(describe(s))
+    if s.lr > 1e-5 and size > 1e8:
+        say(f"warning: --lr {s.lr:g} suits adapters; to train all of this model, leave it out")
+    if pairs[0].chosen.better_ids is not None:
+        prompt_quality(pairs, s.prompts)
+    before, heldout = evaluate(model, tokenizer, heldout, s, judge)
+    # constants by construction: the model is its own reference
+    for name in (
+        ("credit_auroc", "accuracy", "margin") if s.algorithm == "dpo" else ("credit_auroc",)
+    ):
+        before.pop(name, None)
+    start = Start(folder, s, model, tokenizer, pairs, heldout, before, cost)
+    save_start(start)
+    return start
+
+
+def describe(s):
+    """The settings that matter, on a line."""
+    loss = f"{s.algorithm}, alpha {s.alpha:g}, beta {s.beta:g}, gamma {s.gamma:g}, {s.weighting}"
+    return f"{loss} weighting, lr {s.lr:g}, {s.token_rewards} token rewards, prompts {s.prompts}"
+
+
+def save_start(start):
+    """Write all that load_start needs. The untrained weights come last: they say it is complete."""
+    folder, model = start.folder, start.model
+    folder.mkdir(parents=True, exist_ok=True)
+    write_settings(folder, start.settings)
+    with saving(folder):
+        start.tokenizer.save_pretrained(folder)
+        model.config.save_pretrained(folder)
+    state = {
+        "pairs": flat(start.pairs),
+        "heldout": flat(start.heldout),
+        "before": start.before,
+        "cost": start.cost,
+        "shares_prompts": model.shares_prompts,
+        "name": model.name_or_path,
+        "generation": model.generation_config.to_diff_dict(),
+    }
+    write(folder / "pairs.pt", state)
+    save_checkpoint(folder, model, None, [])
+
+
+def load_start(s, folder):
+    """-> the Start of a folder, with the weights of its checkpoint."""
+    say(f"loading {folder} …")
+    state = read(folder / "pairs.pt")
+    with loading(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.generation_config = transformers.GenerationConfig.from_dict(state["generation"])
+        pairs, heldout = unflat(state["pairs"]), unflat(state["heldout"])
+    model.to(best_device()).eval()
+    model.shares_prompts, model.config.name_or_path = state["shares_prompts"], state["name"]
+    if s.gradient_checkpointing:
+        checkpoint_layers(model, folder)
+    start = Start(folder, s, model, tokenizer, pairs, heldout, state["before"], state["cost"])
+    start.restore()
+    return start
+
+
+def flat(pairs):
+    """Pairs -> plain values, and for all responses one tensor a column: nothing to be pickled."""
+    columns = {}
+    for name in ("ids", "prompt_ids", "good", "ref_logps", "token_rewards"):
+        rows = [getattr(response, name) for response in sides(pairs)]
+        sizes = [None if row is None else len(row) for row in rows]
+        rows = [row for row in rows if row is not None]
+        columns[name] = (sizes, torch.cat(rows) if rows else torch.empty(0))
+    names = ("prompt", "where", "tools", "answers", "samples")
+    texts = [{name: getattr(pair, name) for name in names} for pair in pairs]
+    messages = [response.message for response in sides(pairs)]
+    return {"texts": texts, "messages": messages, "columns": columns}
+
+
+def unflat(state):
+    """What flat() made -> pairs."""
+    responses = [Response(message) for message in state["messages"]]
+    both = zip(responses[: len(state["texts"])], responses[len(state["texts"]) :], strict=True)
+    pairs = [
+        Pair(chosen=chosen, rejected=rejected, **text)
+        for text, (chosen, rejected) in zip(state["texts"], both, strict=True)
+    ]
+    for name, (sizes, values) in state["columns"].items():
+        rows = iter(values.split([size for size in sizes if size is not None]))
+        for response, size in zip(responses, sizes, strict=True):
+            setattr(response, name, None if size is None else next(rows))
+    return pairs
+
+
+def machine():
+    """What the last digits of a run depend on."""
+    threads, versions = torch.get_num_threads(), (torch.__version__, transformers.__version__)
+    return {"threads": threads, "torch": versions[0], "transformers": versions[1]}
+
+
+def write_settings(folder, s):
+    content = {"settings": asdict(s), "machine": machine()}
+    write(folder / "settings.json", json.dumps(content, indent=2) + "\n")
+
+
+def read_settings(folder):
+    """-> the Settings of the run in a folder. Says what of the machine has changed since."""
+    path = folder / "settings.json"
+    need(path.is_file(), f"--resume {folder}: holds no run to go on with; begin it by --out")
+    with loading(path):
+        content = json.loads(path.read_text("utf-8"))
+        s, then = Settings(**content["settings"]), content["machine"]
+    for name, value in machine().items():
+        if value != then.get(name):
+            say(f"note: {name} was {then.get(name)} and is {value}: last digits may differ")
+    return s
+
+
+@contextlib.contextmanager
+def run_folder(s):
+    """Within it the run's folder is there, and nobody else's. -> (its path, its settings)."""
+    if s.resume:
+        out, s = Path(s.resume), read_settings(Path(s.resume))
+    else:
+        out = new_folder(s.out)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{out}: another process is at work there; name another --out") from None
+    try:
+        yield out, s
+    finally:
+        lock.release()
+        (out / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if nothing came of it
+
+
+def new_folder(name):
+    """Make a folder for a run; without a name one that nobody has, under runs/."""
+    out = Path(name or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
+    count = 1
+    while not name and out.exists():
+        count += 1
+        out = out.with_name(f"{out.name.partition('~')[0]}~{count}")
+    need(not out.exists() or out.is_dir(), f"--out {out}: is a file; name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    # what a run leaves that was killed in its first write
+    others = {path.name for path in out.iterdir()} - {"settings.json.tmp", ".lock"}
+    need(not others, f"--out {out}: is not empty; name a new folder, or go on by --resume {out}")
+    return out
+
+
+@contextlib.contextmanager
+def measured():
+    """-> a dict that gets the seconds, and the CPU seconds of all threads, spent within it."""
+    cost, seconds, cpu = {}, time.perf_counter(), time.process_time()
+    yield cost
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    cost |= {"seconds": time.perf_counter() - seconds, "cpu_seconds": time.process_time() - cpu}
+
+
+def peak_memory():
+    """The most bytes in use so far, on the GPU or of the process; None where nobody can tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return size if sys.platform == "darwin" else size * 1024
+    return None
+
+
+def run(s, judge=None):
+    """One command line, from the files to a trained model in its folder.
+
+    judge: a function of (pair, text), 0 to 1; see evaluate.
+    """
+    alone = not s.resume or s == Settings(resume=s.resume)
+    need(alone, "--resume: takes no other flag, the folder has them all")
+    read_prompts(s.prompts)
+    read_variants(s.variants)
     if s.check_prompts:
-        return prepare(s, summary)
-    if s.compare:
-        return compare(s, out)
-    model, tokenizer, errors, pairs, test = prepare(s, summary, out)
-    before, old, _ = evaluate(model, tokenizer, test, s, errors)
-    with measure("train", s.device, summary):
-        history = train(model, pairs, s, out)
-    after, new, _ = evaluate(model, tokenizer, test, s, errors)
-    for phase in ("annotate", "train"):
-        seconds, tokens, memory = (summary[f"{phase}_{what}"] for what in ("seconds", "tokens", "peak_memory_bytes"))
-        print(f"{phase}: {seconds:.1f} s, {tokens:,} tokens, peak memory {memory / 2**30:.2f} GiB")
-    if model.generation_config.temperature not in (None, 1.0) or model.generation_config.top_p not in (None, 1.0):
-        model.generation_config.do_sample = True  # transformers 4 would not save the contradiction
+        check_prompts(s)
+        return
+    with run_folder(s) as (out, s):
+        if (out / "summary.json").exists():
+            say(f"{out}: this run is finished; its results are in summary.json")
+        elif s.compare:
+            compare(s, out, judge)
+        else:
+            run_once(s, out, judge)
+
+
+def run_once(s, out, judge):
+    need(s.token_rewards != "dpo", "--token-rewards dpo: is for --compare alone")
+    start = prepare(s, out, judge)
+    s, model, tokenizer = start.settings, start.model, start.tokenizer
+    with measured() as cost:
+        history = train(model, start.pairs, s, out, start.heldout)
+    after, heldout = evaluate(model, tokenizer, start.heldout, s, judge)
+    save_model(model, tokenizer, out, end_tokens(start.pairs))
+    summary = {
+        "before": start.before,
+        "after": after,
+        "pairs": len(start.pairs),
+        "steps": len(history),
+        "annotate_seconds": start.cost["seconds"],
+        "annotate_cpu_seconds": start.cost["cpu_seconds"],
+        "train_seconds": cost["seconds"],
+        "train_cpu_seconds": cost["cpu_seconds"],
+        "peak_memory_bytes": peak_memory(),
+        "settings": asdict(s),
+    }
+    text = show(summary, start.heldout, heldout, tokenizer)
+    layers = {"token reward r̂": (heldout, "token_rewards"), "learned credit": (heldout, "credit")}
+    page = report("T-REG", describe(s), text, {"this run": history}, heldout[:5], tokenizer, layers)
+    write(out / "report.html", page)
+    write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    say(f"\n{out}: the model, metrics.jsonl, settings.json, summary.json and report.html")
+
+
+def save_model(model, tokenizer, out, learned):
+    """Write a folder that from_pretrained loads; the model stops at the end tokens it learned."""
+    settings = model.generation_config
+    ends = settings.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    settings.eos_token_id = ends + [end for end in learned if end not in ends]
+    if settings.temperature not in (None, 1.0) or settings.top_p not in (None, 1.0):
+        settings.do_sample = True  # transformers 4 would not save the contradiction
     with saving(out):
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    report(out / "report.html", {"this run": history}, "", test[:5], tokenizer,
-           {"token reward": "token_rewards", "learned credit": "credit"})
-    for name in ("credit_auroc", "credit_auroc_pooled") + ("accuracy", "margin") * (s.algorithm == "dpo"):
-        before[name] = None  # a constant by construction: the model is its own reference
-    summary |= {"before": before, "after": after, "pairs": len(pairs), "steps": len(history), "settings": vars(s)}
-    write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    show(before, after, list(zip(test, old, new)), (test or pairs)[0], tokenizer)
-    print(f"\n{out}: the model, metrics.jsonl, settings.json, summary.json and report.html")
+
+
+class CommandLine(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def parse(argv):
+    """A command line -> Settings."""
+    parser = CommandLine(
+        prog="treg.py",
+        usage="python treg.py [--model DIR] [--data FILE] …",
+        description=__doc__.partition("The method")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for item in fields(Settings):
+        if item.metadata["group"]:
+            group = parser.add_argument_group(item.metadata["group"])
+        kinds = get_args(item.type) or (item.type,)  # float | None: a float
+        if item.type is bool:
+            how = {"action": "store_true"}
+        elif get_origin(item.type) is Literal:
+            how = {"choices": kinds}
+        else:
+            how = {"type": kinds[0], "metavar": {str: "X", int: "N", float: "N"}[kinds[0]]}
+        name = f"--{item.name.replace('_', '-')}"
+        group.add_argument(name, default=item.default, help=item.metadata["help"], **how)
+    return Settings(**vars(parser.parse_args(argv)))
+
 
 def main(argv=None):
+    """The command line. -> exit status. In a notebook: main(["--model", …])."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no "–" is no reason to stop
         run(parse(argv))
         return 0
-    except torch.OutOfMemoryError:
-        error = "out of memory; begin again with --gradient-checkpointing, a smaller --max-length, or --dtype bf16"
+    except KeyboardInterrupt as stop:
+        say(f"treg.py: {stop if stop.args else 'stopped'}", sys.stderr)
+        return 130
     except UserError as problem:
-        error = problem
+        error = str(problem)
     except OSError as problem:
         error = f"{problem.filename or 'standard output'}: {problem.strerror or problem}"
-    except KeyboardInterrupt as stop:
-        print("treg.py:", stop if stop.args else "stopped; --resume goes on from what was saved", file=sys.stderr)
-        return 130
-    print(f"treg.py: error: {error}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as problem:
+        text = str(problem)
+        # a GPU's error, Python's and, on a CPU, a RuntimeError without a kind of its own
+        kinds = (torch.OutOfMemoryError, MemoryError)
+        if not isinstance(problem, kinds) and "allocate memory" not in text:
+            raise
+        error = "out of memory; begin again with --gradient-checkpointing, a smaller --pass-tokens "
+        error += "or --max-length, or --dtype bf16"
+    say(f"treg.py: error: {error}", sys.stderr)
     return 2
+
 
 if __name__ == "__main__":
     sys.exit(main())
