@@ -1928,6 +1928,16 @@ def test_an_optimiser_step_by_hand(case):
         assert (found - wanted).abs().max() < 1e-3 * lr, f"{case}: another weight after ten steps"
 
 
+def test_a_step_begins_without_the_gradients_of_before():
+    """Of a loss that somebody looked at in a notebook, or of a step that was refused."""
+    model = small_model()
+    pairs = annotated(model)
+    clean, used = copy.deepcopy(model), model
+    treg.losses(used, pairs, treg.resolve(None, used))[0].sum().backward()
+    norms = [treg.train(each, pairs, lr=1e-3)[0]["grad_norm"] for each in (clean, used)]
+    assert norms[0] == norms[1]
+
+
 def test_schedule_warms_up_then_falls_to_zero():
     """20 steps: 2 of warm-up at ½ and 1, then ½ + ½ cos(π k / 18)."""
     shares = [treg.schedule(step, 20) for step in range(20)]
@@ -1961,6 +1971,10 @@ def test_annotate_writes_the_reference_and_the_token_rewards_of_the_contrastive_
             assert all(len(getattr(response, n)) == len(ids) for n in names if n != "prompt_ids")
     plain = treg.annotate(model, bytes_tokenizer(), text_pairs(3), alpha=0)
     assert not any(r.token_rewards.any() for r in treg.sides(plain)), "alpha 0 needs none"
+    longer = text_pairs(2)
+    longer[0].chosen.message["content"] *= 60
+    kept = treg.annotate(model, bytes_tokenizer(), longer)
+    assert [pair.where for pair in kept] == ["pair 1"], "the model has 512 positions"
 
 
 def test_pair_accuracy_by_hand():
@@ -2067,8 +2081,10 @@ def test_metrics_of_evaluate_by_hand(monkeypatch):
     for response in treg.sides(pairs):
         response.token_rewards = torch.tensor([0.3, 0, 0, 0, 0.2, -0.1, -0.1, -0.1])[response.ids]
     texts = ["a", "b", "b a ", "a b", "c", "c", "c", "c", "a", "a", "b", "b"]
-    monkeypatch.setattr(treg, "sample", lambda *args, **kwargs: texts)
-    found, shown = treg.evaluate(model, tokenizer, pairs, beta=1.0)
+    seeds = []
+    monkeypatch.setattr(treg, "sample", lambda *args, **_: seeds.append(args[3]) or texts)
+    found, shown = treg.evaluate(model, tokenizer, pairs, beta=1.0, seed=5)
+    assert seeds == [5]
     wanted = {"accuracy": 0.5, "margin": 4 / 3 * math.log(2), "score": (2 + 0 + 2) / 12}
     wanted |= {"credit_auroc": 7 / 16, "token_reward_auroc": 3 / 8}
     assert found == pytest.approx(wanted, abs=1e-6)
@@ -2180,7 +2196,8 @@ def test_table_by_hand():
     def results(name, algorithm, alpha, scores, each):
         for seed, (score, right) in enumerate(zip(scores, each, strict=True)):
             about = {"variant": name, "seed": seed, "algorithm": algorithm, "alpha": alpha}
-            measured = {"score": score, "accuracy": 9.0, "credit_auroc": 0.75, "each": right}
+            each = dict(zip("ab", right, strict=True))
+            measured = {"score": score, "accuracy": 9.0, "credit_auroc": 0.75, "each": each}
             yield about | measured | {"token_reward_auroc": None}
 
     low = [[0, 1], [1, 1], [0, 0], [0, 0]]
@@ -2381,12 +2398,38 @@ def test_a_run_folder_holds_what_others_load(tmp_path):
     settings = json.loads((out / "settings.json").read_text())["settings"]
     assert settings == summary["settings"] and (settings["lr"], settings["beta"]) == (1e-3, 0.1)
     before = end_of(out)
+    assert not {"checkpoint.pt", ".lock", "settings.json.tmp"} & before[-1]
     assert "is finished" in done("--resume", out) and end_of(out) == before
     assert "is not empty" in refusal(*words(out))
     assert "no other flag" in refusal("--resume", out, "--lr", 1)
     assert "holds no run" in refusal("--resume", model_folder())
     done(*words(tmp_path / "other", "--seed", 1, "--holdout", 0))
     assert history(tmp_path / "other")[0] != before[0][0], "another seed, another order"
+
+
+def test_which_pairs_are_trained_on_and_which_are_held_out(tmp_path, monkeypatch):
+    """Those of --split; without it --holdout, a share or a number, the same for every seed."""
+    seen, splits = [], ["train"] * 6 + ["test"] * 2 + ["dev"] * 3
+    rows = [json.loads(line) for line in data_file().read_text().splitlines()]
+    rows = [row | {"split": split} for row, split in zip(rows, splits, strict=False)]
+    (tmp_path / "p.jsonl").write_text(treg.as_lines(rows))
+
+    def spy(model, pairs, s, out, heldout):
+        seen.append(
+            [{int(pair.where.rpartition(":")[2]) for pair in of} for of in (pairs, heldout)]
+        )
+        raise treg.UserError("enough")
+
+    monkeypatch.setattr(treg, "train", spy)
+    split = {"data": tmp_path / "p.jsonl"}
+    for number, flags in enumerate(([], ["--split", "dev"])):
+        refusal(*words(tmp_path / str(number), *flags, **split))
+    for seed in (0, 1):
+        for name, flags in (("few", ["--max-pairs", 3]), ("share", ["--holdout", 0.2])):
+            refusal(*words(tmp_path / f"{name}{seed}", "--seed", seed, *flags))
+    assert seen[:2] == [[{*range(1, 7)}, {7, 8}], [{*range(1, 7)}, {9, 10, 11}]]
+    assert seen[2:4] == seen[4:] and not seen[3][0] & seen[3][1]
+    assert [[len(of) for of in each] for each in seen[2:4]] == [[3, 4], [20, 5]]
 
 
 def test_one_process_at_a_time_in_a_folder(tmp_path, monkeypatch):
@@ -2458,12 +2501,17 @@ def test_a_file_of_another_program_is_named(name, tmp_path):
     assert "damaged" in refusal("--resume", out)
 
 
-def test_no_code_of_a_model_folder_runs(tmp_path, monkeypatch):
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
-    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoTokenizer": "evil.T"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_no_code_of_a_model_folder_runs(name, tmp_path, monkeypatch):
+    folder = shutil.copytree(model_folder(), tmp_path / "model")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    kinds = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    if name == "tokenizer_config.json":
+        kinds = {"AutoTokenizer": [None, "evil.T"]}
+    evil = {"model_type": "evil", "tokenizer_class": "Evil", "auto_map": kinds}
+    (folder / name).write_text(json.dumps(evil))
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # the library asks unless told False
-    refusal(*words(tmp_path / "out", model=tmp_path))
+    command(*words(tmp_path / "out", model=folder))
     assert not (tmp_path / "executed").exists()
 
 
@@ -2552,6 +2600,25 @@ def test_a_mistake_is_one_line_before_a_model_is_loaded(flags, tmp_path, monkeyp
     assert re.search(FLAGS[head + known + text], line), line
 
 
+def test_prompts_that_are_no_better_than_chance_and_a_high_rate_are_warned_of(
+    tmp_path, monkeypatch
+):
+    """--check-prompts measures every style, --alpha 0 or not, and ends with the best one."""
+    (tmp_path / "own.json").write_text('{"better": "{prompt} well", "worse": "{prompt} ill"}')
+    found = iter([(0.6, 0.4, 0.7), (0.9, 0.8, 0.95), (0.3, 0.1, 0.4), (0.9, 0.8, 0.95)])
+    hats = []
+    monkeypatch.setattr(treg, "pair_accuracy", lambda pairs: hats.append(pairs) or next(found))
+    flags = ["--check-prompts", "--alpha", 0, "--prompts", tmp_path / "own.json"]
+    said = done(*words(tmp_path / "out", *flags))
+    assert said.count("no better than chance") == 1 == said.count("are better and worse swapped?")
+    assert said.endswith("use --prompts revise\n") and not (tmp_path / "out").exists()
+    styles = [treg.sides(pairs)[0].token_rewards for pairs in hats]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(styles, 2))
+    monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda self: 2 * 10**8)
+    said = done(*words(tmp_path / "out"))
+    assert "chance" not in said and "warning: --lr 0.001" in said
+
+
 def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit, match="0"):
         treg.main(["--help"])
@@ -2576,7 +2643,7 @@ def test_dropout_is_off_and_dpo_begins_with_margin_0_loss_ln_2_and_weight_half(
     assert {name: first[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
 
 
-def test_gradient_checkpointing_changes_no_metric_and_no_sample(tmp_path):
+def test_gradient_checkpointing_changes_no_metric_and_no_sample(tmp_path, monkeypatch):
     out, flag = tmp_path / "out", "--gradient-checkpointing"
     done(*words(out, flag))
     for row, wanted in zip(history(out), history(straight()), strict=True):
@@ -2592,6 +2659,21 @@ def test_gradient_checkpointing_changes_no_metric_and_no_sample(tmp_path):
     assert texts[0] == texts[1], "checkpointed layers drop the key-value cache"
     line = refusal(*words(tmp_path / "other", flag, model=model_folder("openai-gpt")))
     assert flag in line and "cannot do it" in line
+    counts, mlp = [], transformers.models.gpt2.modeling_gpt2.GPT2MLP
+    forward, step = mlp.forward, treg.take_step
+
+    def counting(model, optimizer, batch, s, lr):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mlp, "forward", lambda *args: counts.append(1) or forward(*args))
+            row = step(model, optimizer, batch, s, lr)
+        counts.append(-len([*treg.packs(batch, s.pass_tokens)]))
+        return row
+
+    killed(treg, "take_step", 4, "before", *words(tmp_path / "killed", flag))
+    monkeypatch.setattr(treg, "take_step", counting)
+    done("--resume", tmp_path / "killed")
+    passes = -sum(count for count in counts if count < 0)
+    assert counts.count(1) == 2 * passes, "a resumed run goes on with it"
 
 
 @pytest.mark.parametrize("dtype, flags", [(torch.bfloat16, []), (torch.float32, ["--dtype=bf16"])])
@@ -2611,7 +2693,8 @@ def test_the_saved_model_stops_at_the_end_token_that_it_has_learned(tmp_path):
     folder = shutil.copytree(model_folder(), tmp_path / "model")
     own = {"eos_token_id": 7, "do_sample": False, "temperature": 0.6, "top_p": 0.9}
     (folder / "generation_config.json").write_text(json.dumps(own))
-    done(*words(tmp_path / "out", "--epochs", 1, model=folder))
+    killed(treg, "take_step", 2, "before", *words(tmp_path / "out", model=folder))
+    done("--resume", tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert saved["eos_token_id"] == [7, 0] and saved["temperature"] == 0.6
 
@@ -2664,13 +2747,16 @@ def test_windows_could_do_it_too(tmp_path, monkeypatch):
         replace(source, target)
 
     out = shutil.copytree(killed_before_step_4(), tmp_path / "out")
+    text = (out / "settings.json").read_text().replace('"threads": 1', '"threads": 99')
+    (out / "settings.json").write_text(text)
     monkeypatch.setattr(os, "fsync", windows_fsync)
     monkeypatch.setattr(os, "replace", windows_replace)
     monkeypatch.setitem(sys.modules, "resource", None)
     spec = importlib.util.spec_from_file_location("treg_on_windows", treg.__file__)
     monkeypatch.setitem(sys.modules, spec.name, importlib.util.module_from_spec(spec))
     spec.loader.exec_module(sys.modules[spec.name])
-    goes_on(out)
+    assert "threads was 99 and is 1" in done("--resume", out)
+    assert end_of(out) == end_of(straight())
     assert json.loads((out / "summary.json").read_text())["peak_memory_bytes"] is None
 
 
@@ -2749,26 +2835,55 @@ def test_variants_and_a_judge_of_ones_own(tmp_path, monkeypatch):
     results = treg.compare(s, Path("out"), judge=lambda pair, text: 0.25)
     assert [result["variant"] for result in results] == [*variants] * 2
     assert {result["score"] for result in results} == {0.25}
-    assert results[0]["each"] == [0.25] * 4 and results[0]["margin"] != results[1]["margin"]
+    assert [*results[0]["each"].values()] == [0.25] * 4
+    assert results[0]["margin"] != results[1]["margin"]
     same = [[torch.equal(hats[i], hats[j]) for j in range(5)] for i in (0, 2, 4)]
     assert same[0] == [True, True, False, True, False], "r̂ of its own prompts"
     assert same[1:] == [[i == j for j in range(5)] for i in (2, 4)], "of its own file"
+
+
+def test_a_comparison_that_is_interrupted_says_how_to_go_on_and_needs_no_other_file(
+    tmp_path, monkeypatch
+):
+    path, out, evaluate = tmp_path / "v.json", tmp_path / "out", treg.evaluate
+    path.write_text('{"a": {"alpha": 0}, "b": {"alpha": 0.5}}')
+
+    def interrupted(model, tokenizer, pairs, s, *args):
+        if s.alpha == 0.5:
+            raise KeyboardInterrupt
+        return evaluate(model, tokenizer, pairs, s, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(treg, "evaluate", interrupted)
+        status, said = command(*compared(out, "--variants", path))
+    path.unlink()
+    assert status == 130
+    table = done("--resume", out)
+    assert re.search(r"\na  .*\nb  ", table)
+    assert f"--resume {out}" in said
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_default_run_raises_the_score_by_a_fifth(seed, tmp_path, monkeypatch):
     """To save time with a third of the warm-up and of the test, and half of the training."""
     rows = [json.loads(line) for line in Path(treg.TINY_DATA).read_text("utf-8").splitlines()]
-    (tmp_path / "data.jsonl").write_text(treg.as_lines(rows[200:-100]))
+    (tmp_path / "data.jsonl").write_text(treg.as_lines(rows[300:-110]))
     assert {row["split"] for row in rows[-150:]} == {"test"}
     monkeypatch.setattr(treg, "make_tiny", functools.partial(treg.make_tiny, steps=700))
-    flags = ["--data", tmp_path / "data.jsonl", "--max-pairs", 160, "--out", tmp_path / "run"]
+    flags = ["--data", tmp_path / "data.jsonl", "--max-pairs", 140, "--out", tmp_path / "run"]
     said = done("--seed", seed, *flags)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     before, after = summary["before"], summary["after"]
     assert after["score"] >= before["score"] + 0.2, said
     assert after["accuracy"] > 0.8 and after["credit_auroc"] > 0.85, said
     assert float(re.search(r"prompts answer: .* interval (\S+) to", said)[1]) > 0.5
+
+
+def test_the_tiny_model_is_a_function_of_the_seed():
+    pairs = treg.load_pairs(treg.TINY_DATA, "warmup")[:20]
+    one, same, other = (treg.make_tiny(pairs, seed, steps=0)[0] for seed in (0, 0, 1))
+    weights = [next(model.parameters()) for model in (one, same, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_lora_trains_its_adapters_alone():

@@ -155,7 +155,7 @@ def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weig
     margin = chosen.sum(-1) - rejected.sum(-1) - gamma
     # detached: the weight scales the regulariser's gradient and has none of its own
     weight = torch.sigmoid(-margin).detach() if weighting == "sequence" else 0.5
-    # Σ_t r̂_t r_t = −L_reg: how far what the policy learned agrees with what the model said
+    # Σ_t r̂_t r_t over both responses, the paper's −L_reg: large where r and r̂ have the same sign
     agreement = (chosen_hat * chosen).sum(-1) + (rejected_hat * rejected).sum(-1)
     return -F.logsigmoid(margin) - alpha * weight * agreement, margin
 
@@ -180,14 +180,6 @@ def refuse(bad):
         raise UserError("; ".join(bad[:5]) + more)
 
 
-def saving(path):
-    return explain(f"{path}: not saved", "make room, then --resume: nothing is lost")
-
-
-def loading(path):
-    return explain(f"{path}: damaged", "begin again in another --out")
-
-
 def one_line(error):
     """The message of a library's error, and of what caused it, on one line."""
     texts = [" ".join(str(each).split())[:160] for each in (error, error.__cause__) if each]
@@ -203,6 +195,16 @@ def explain(what, hint):
         raise
     except Exception as error:  # every library has its own
         raise UserError(f"{what} ({one_line(error)}); {hint}") from None
+
+
+def saving(path):
+    """explain, for what writes a file of the run folder."""
+    return explain(f"{path}: not saved", "make room, then --resume: nothing is lost")
+
+
+def loading(path):
+    """explain, for what reads one."""
+    return explain(f"{path}: damaged", "begin again in another --out")
 
 
 bar = partial(tqdm, delay=2, leave=False, disable=None)  # after two seconds, in a terminal
@@ -230,7 +232,7 @@ def say(text, file=None):
 
 # -------------------------------------------------------------------------------------- 4 log-probs
 # From a language model, prompts and responses (lists of token ids) to the log-probability of every
-# response token. Nothing outside this section knows about offsets, packing or attention masks.
+# response token. Nothing outside this section knows about trees, positions or attention masks.
 #
 # Rows that begin alike share their beginning: it is computed once. The prompt "Name a bird." with
 # the responses "A crow." and "A bat." becomes a tree, written depth first into one row of nodes:
@@ -239,8 +241,8 @@ def say(text, file=None):
 #     token      Name   a    bird.   A    crow    bat
 #     position   0      1    2       3    4       4       what the model takes for its place
 #     end        6      6    6       6    5       6       one past the last descendant
-#     predicts                A      crow  .       .
-#                                    bat
+#     predicts                A       crow .       .       of each response
+#                             A       bat
 #
 # A node attends to its ancestors and to itself, and node i is an ancestor of j if i < j < end of i.
 # So "bat" does not see "crow" (4 < 5, but end of 4 is 5). The last token of a response is
@@ -270,10 +272,10 @@ def one_pass(model, prompts, responses):
     rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
     order = sorted(range(len(rows)), key=rows.__getitem__)
     ids, positions, ends, paths = depth_first([rows[i] for i in order])
-    paths = dict(zip(order, paths, strict=True))
+    nodes = dict(zip(order, paths, strict=True))  # back in the order of the rows
     sources, targets = [], []
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        sources += paths[i][len(prompt) - 1 :]  # the nodes that predict the response's tokens
+        sources += nodes[i][len(prompt) - 1 :]  # the nodes that predict the response's tokens
         targets += response
 
     tensor = partial(torch.tensor, device=next(model.parameters()).device)
@@ -435,7 +437,7 @@ def unstacked(responses, name, values):
 
 
 def packs(pairs, limit):
-    """Cut pairs into runs of about limit tokens: what one forward pass takes."""
+    """Cut pairs into groups of about limit tokens, one for each forward pass."""
     pack, tokens = [], 0
     for pair in pairs:
         chosen, rejected = pair.chosen, pair.rejected
@@ -460,13 +462,6 @@ def policy_logps(model, pairs, dtype):
         return response_logps(model, id_lists(responses, "prompt_ids"), id_lists(responses, "ids"))
 
 
-def contrastive_logps(model, pairs):
-    """log π_eval of both responses after the better, then after the worse prompt. -> (4B, T)."""
-    responses = sides(pairs)
-    prompts = id_lists(responses, "better_ids") + id_lists(responses, "worse_ids")
-    return response_logps(model, prompts, id_lists(responses, "ids") * 2)[0]
-
-
 def scored_rows(pair):
     """All rows that are scored for a pair. -> [(ids of a prompt, ids of a response)], as lists."""
     rows = []
@@ -477,11 +472,9 @@ def scored_rows(pair):
     return rows
 
 
-def may_share(model, pairs):
-    """sharing_is_exact for the pair with the longest row: what goes wrong grows with the length."""
-    longest = max(pairs, key=lambda pair: max(len(x) + len(y) for x, y in scored_rows(pair)))
-    prompts, responses = zip(*scored_rows(longest), strict=True)
-    return sharing_is_exact(model, prompts, responses)
+def longest_row(pair):
+    """The most tokens in a row that is scored for the pair."""
+    return max(len(prompt) + len(response) for prompt, response in scored_rows(pair))
 
 
 @torch.no_grad()
@@ -489,9 +482,10 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     """-> encoded copies of the pairs with ref_logps and token_rewards, for train or other trainers.
 
     model: the untrained policy. pairs: from load_pairs, or encoded.
-    reward_model: π_eval, a language model with the same tokenizer; without it the model itself.
+    reward_model: π_eval, a language model with the same tokenizer; by default the model itself.
     settings, changes: it uses prompts, token_rewards, alpha, dtype, max_length, pass_tokens and
-    seed. With alpha 0 no contrastive prompt is read, and token rewards are 0.
+    seed. With alpha 0, or "sft", no contrastive prompt is read; with alpha 0 r̂ is 0 but for "sft".
+    "dpo" gives the contrastive ones: compare replaces them after it has trained with DPO.
     """
     s = resolve(settings, model, **changes)
     contrastive = s.alpha > 0 and s.token_rewards != "sft"
@@ -503,26 +497,31 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     need(ready, "the pairs are encoded without contrastive prompts; give encode a style")
     pairs = [copied(pair) for pair in pairs]
     scorer = reward_model or model
-    for each in (model, scorer) if pairs else ():
+    for each in {model, scorer} if pairs else ():
         # once False it stays False: an earlier call may have seen longer rows
         if getattr(each, "shares_prompts", True):
-            each.shares_prompts = may_share(each, pairs)
+            rows = scored_rows(max(pairs, key=longest_row))  # what goes wrong grows with length
+            each.shares_prompts = sharing_is_exact(each, *zip(*rows, strict=True))
             if not each.shares_prompts:
                 say("note: this architecture cannot share prompts: each response is computed alone")
     with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
-        for pack in packs(pairs, s.pass_tokens // 3):  # each response has three prompts here
+        # a third of the budget: each response stands after three prompts, x, x_better and x_worse
+        for pack in packs(pairs, s.pass_tokens // 3):
             responses = sides(pack)
             ref_logps, mask = policy_logps(model, pack, s.dtype)
-            rewards = torch.zeros_like(ref_logps)
+            hats = torch.zeros_like(ref_logps)
             if contrastive:
+                prompts = id_lists(responses, "better_ids") + id_lists(responses, "worse_ids")
                 # float32 always: σ of a bfloat16 error is an error
-                better, worse = contrastive_logps(scorer, pack).chunk(2)
-                rewards = token_rewards(better, worse, mask)
+                logps, _ = response_logps(scorer, prompts, id_lists(responses, "ids") * 2)
+                hats = token_rewards(*logps.chunk(2), mask)
             unstacked(responses, "ref_logps", ref_logps)
-            unstacked(responses, "token_rewards", rewards)
+            unstacked(responses, "token_rewards", hats)
             done.update(len(pack))
     # a token of probability 0 makes a loss that is not finite
-    kept = [pair for pair in pairs if all(r.ref_logps.isfinite().all() for r in sides([pair]))]
+    finite = [(r.ref_logps + r.token_rewards).isfinite().all() for r in sides(pairs)]
+    both = zip(pairs, finite[: len(pairs)], finite[len(pairs) :], strict=True)
+    kept = [pair for pair, chosen, rejected in both if chosen and rejected]
     if len(kept) < len(pairs):
         say(f"{len(pairs) - len(kept)} pairs dropped: the model gives a token probability 0")
     return kept if s.token_rewards == "dpo" else change_rewards(kept, s.token_rewards, s.seed)
@@ -599,12 +598,17 @@ def schedule(step, total):
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
 
 
+DIVERGED = "begin again with a smaller --lr and another --out"
+
+
 def take_step(model, optimizer, batch, s, lr):
     """One optimiser step on the mean loss of the batch. -> the means of its metrics, a dict.
 
     UserError: loss or gradient are not finite; then no step is taken.
     """
+    optimizer.zero_grad()  # a step that was interrupted may have left some
     totals = 0
+    # each pass adds its share of the batch's mean: how the batch is cut changes no result
     for pack in packs(batch, s.pass_tokens):
         loss, metrics, _ = losses(model, pack, s)
         (loss.sum() / len(batch)).backward()
@@ -619,9 +623,6 @@ def take_step(model, optimizer, batch, s, lr):
     optimizer.step()
     optimizer.zero_grad()
     return {**row, "grad_norm": norm, "lr": lr}
-
-
-DIVERGED = "begin again with a smaller --lr and another --out"
 
 
 def batch_of(step, pairs, s):
@@ -644,7 +645,7 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
     total = s.epochs * math.ceil(len(pairs) / s.batch_size)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=s.lr, weight_decay=0.0, fused=True)
-    history = load_checkpoint(Path(out), model, optimizer) if out else []
+    history = resumed(Path(out), model, optimizer) if out else []
     saved = len(history)
     steps = bar(range(saved, total), desc="train", unit=" steps", initial=saved, total=total)
     try:
@@ -874,8 +875,8 @@ def read_pair(row, where):
         chosen=read_response(chosen[-1], row, "chosen", where),
         rejected=read_response(rejected[-1], row, "rejected", where),
         where=where,
-        tools=read_list(row, "tools", is_tool, where),
-        answers=read_list(row, "answers", lambda answer: isinstance(answer, str), where),
+        tools=read_list(row, "tools", is_tool, "function descriptions, each with a name", where),
+        answers=read_list(row, "answers", is_text, "texts", where),
     )
 
 
@@ -894,7 +895,7 @@ def read_text(value, what):
     return value
 
 
-def read_list(row, name, sound, where):
+def read_list(row, name, sound, wanted, where):
     """A list in a column, perhaps as JSON, whose items are all sound; None where it is absent."""
     value = given(row, name)
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -903,16 +904,12 @@ def read_list(row, name, sound, where):
     if isinstance(value, str):
         value = [value]
     fits = value is None or isinstance(value, list) and all(map(sound, value))
-    need(fits, f"{where}: {name} must be {LISTS.get(name, LISTS['errors'])}")
+    need(fits, f"{where}: {name} must be a list of {wanted}")
     return value
 
 
-LISTS = {
-    "tools": "a list of function descriptions, each with a name",
-    "answers": "a list of texts",
-    "history": "a list of [user's text, assistant's text]",
-    "errors": "a list of [start, end), within the text",
-}
+def is_text(value):
+    return isinstance(value, str)
 
 
 def is_two(turn):
@@ -996,7 +993,7 @@ def read_prompt(row, where):
         twice = any(turn["role"] in ("system", "developer") for turn in turns)
         need(not twice, f"{where}: has two system messages; take one of them out")
         before.append({"role": "system", "content": read_text(row["system"], f"{where}: system")})
-    for turn in read_list(row, "history", is_two, where) or ():
+    for turn in read_list(row, "history", is_two, "[user's text, assistant's]", where) or ():
         user, assistant = (read_text(text, f"{where}: history") for text in turn)
         before += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return before + turns
@@ -1027,7 +1024,7 @@ def read_response(message, row, side, where):
         whole = isinstance(span, list) and [type(end) for end in span] == [int, int]
         return whole and 0 <= span[0] < span[1] <= len(text)
 
-    errors = read_list(row, f"{side}_errors", is_span, where)
+    errors = read_list(row, f"{side}_errors", is_span, "[start, end) within the text", where)
     if errors is None and row.get(f"{side}_errors") == []:
         errors = []  # labelled, and without an error
     if errors is not None:
@@ -1076,7 +1073,7 @@ def as_parts(message):
 
 
 def in_template(tokenizer, messages, reply, tools=None):
-    """-> (prompt, body, tail): what the template writes before the assistant's words, they, after.
+    """-> (prompt, body, tail): all before the assistant's words, these words, all after them.
 
     reply: the assistant's message.
     UserError: the template refuses the messages, or leaves some of what they say out.
@@ -1255,8 +1252,7 @@ def length_fault(pair, max_length):
     chosen, rejected = (r.prompt_ids.tolist() + r.ids.tolist() for r in sides([pair]))
     if chosen == rejected:
         return "chosen and rejected are the same"
-    longest = max(len(prompt) + len(response) for prompt, response in scored_rows(pair))
-    return f"longer than {max_length} tokens" if longest > max_length else None
+    return f"longer than {max_length} tokens" if longest_row(pair) > max_length else None
 
 
 def encode_response(tokenizer, pair, response, style):
@@ -1470,12 +1466,11 @@ def show(summary, old_pairs, new_pairs, tokenizer):
 
 def bracketed(response, tokenizer):
     """The tokens of a response, in brackets those whose reward is far from 0."""
-    text = ""
-    for token, reward in zip(response.ids, response.token_rewards.tolist(), strict=True):
-        token = tokenizer.decode([token]).replace("\n", "⏎")
-        sign = "+" if reward > 0 else "-"
-        text += f"[{sign}{token}]" if abs(reward) > 0.1 else token
-    return text
+    texts = token_texts(tokenizer, response.ids.tolist())
+    for i, reward in enumerate(response.token_rewards.tolist()):
+        if abs(reward) > 0.1:
+            texts[i] = f"[{'+' if reward > 0 else '-'}{texts[i]}]"
+    return "".join(texts)
 
 
 # The page: what was trained, learning curves, and every token coloured by its credit. Blue and
@@ -1753,7 +1748,9 @@ def compare(s, out, judge=None):
 
     They are kept in out/compare.jsonl; a comparison that was stopped goes on after the last one.
     """
-    variants, path, results = read_variants(s.variants), out / "compare.jsonl", []
+    path, kept, results = out / "compare.jsonl", out / "variants.json", []
+    variants = read_variants(kept if kept.exists() else s.variants)
+    write(kept, json.dumps(variants, indent=2) + "\n")
     write_settings(out, s)
     if path.exists():
         results = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -1775,7 +1772,7 @@ def compare(s, out, judge=None):
         start.restore()
         curves[name] = train(start.model, pairs, variant, heldout=heldout)
         metrics, shown[name] = evaluate(start.model, start.tokenizer, heldout, variant, judge)
-        each = [pair.correct if pair.score is None else pair.score for pair in shown[name]]
+        each = {p.where: p.correct if p.score is None else p.score for p in shown[name]}
         about = {"variant": name, "seed": seed, "algorithm": variant.algorithm}
         results.append({**about, "alpha": variant.alpha, **metrics, "each": each})
         write(path, as_lines(results))
@@ -1783,14 +1780,15 @@ def compare(s, out, judge=None):
     say(f"\n{text}")
     if shown:  # else all was done before, and so was the page
         layers = {"token reward r̂": (start.heldout, "token_rewards")}
-        for name in {"DPO", "DPO-REG"} & {*shown}:
-            layers[f"learned by {name}"] = (shown[name], "credit")
+        for name in ("DPO", "DPO-REG"):
+            if name in shown and len(shown[name]) == len(start.heldout):
+                layers[f"learned by {name}"] = (shown[name], "credit")
         about = describe(resolve(s, start.model))
         page = report(
             "T-REG: a comparison", about, text, curves, start.heldout[:5], start.tokenizer, layers
         )
         write(out / "report.html", page)
-    say(f"\n{out}: compare.jsonl and report.html")
+    say(f"\n{out}: " + ", ".join(sorted(path.name for path in out.glob("*.*"))))
     return results
 
 
@@ -1798,7 +1796,7 @@ def variant_rewards(start, s):
     """-> (pairs, held-out pairs) with the token rewards of these settings; start itself stays."""
     both = [start.pairs, start.heldout]
     if s.token_rewards == "dpo":
-        plain = resolve(replace(s, algorithm="dpo"), start.model, alpha=0.0)
+        plain = variant_settings(s, {"algorithm": "dpo", "alpha": 0.0}, start.model)
         start.restore()
         train(start.model, start.pairs, plain)
         both = [measure(start.model, pairs, plain)[1] for pairs in both]
@@ -1851,16 +1849,25 @@ def table(results):
         base = [r for r in results if r["algorithm"] == of[0]["algorithm"] and r["alpha"] == 0]
         each = {r["seed"]: r["each"] for r in base if r["variant"] == base[0]["variant"]}
         if base and base[0]["variant"] != name and all(r["seed"] in each for r in of):
-            differences = np.array([np.subtract(r["each"], each[r["seed"]]) for r in of])
-            mean, low, high = interval(differences)
-            within = "" if math.isnan(low) else f" ({low:+.3f} to {high:+.3f})"
-            ahead = int((differences.mean(1) > 0).sum())
-            cells[-1] += [f"{mean:+.3f}{within}", f"{ahead} of {len(of)}"]
+            cells[-1] += difference([(r["each"], each[r["seed"]]) for r in of])
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(cells[0]))]
     lines = [
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)) for row in cells
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def difference(seeds):
+    """[(outcomes of a variant by pair, of its base)], one for each seed -> two cells of a table."""
+    # longer prompts may have dropped other pairs
+    shared = [pair for pair in seeds[0][0] if all(pair in a and pair in b for a, b in seeds)]
+    if not shared:
+        return ["no pair in common"]
+    differences = np.array([[new[pair] - old[pair] for pair in shared] for new, old in seeds])
+    mean, low, high = interval(differences)
+    within = "" if math.isnan(low) else f" ({low:+.3f} to {high:+.3f})"
+    ahead = int((differences.mean(1) > 0).sum())
+    return [f"{mean:+.3f}{within}", f"{ahead} of {len(seeds)}"]
 
 
 def mean_error(values):
@@ -2055,8 +2062,8 @@ def train_and_test(splits, s):
     """-> (pairs to train on, pairs to evaluate on): of their splits, else --holdout of all."""
     pairs, test = splits.get("train", []), splits.get(s.split, [])
     need(test or s.split == "test", f"--split {s.split}: {s.data} has no such split")
-    used = {"train", s.split} | (set() if s.model else {"warmup"})
-    for name in sorted({*splits} - used):
+    expected = {"train", s.split, *(("warmup", "validation") if s.data == TINY_DATA else ())}
+    for name in sorted({*splits} - expected):
         kind = "note" if name in ("warmup", "validation", "test") else "warning"
         say(f"{kind}: {len(splits[name])} rows of split {name} are not used")
     if not test:
@@ -2068,18 +2075,24 @@ def train_and_test(splits, s):
     return pairs[: s.max_pairs], test
 
 
+def few_threads():
+    """One thread for the tiny model: more wait for each other, and change its last digits."""
+    torch.set_num_threads(1)
+
+
 def load_all(s):
-    """-> (model, tokenizer, texts to train on, texts to evaluate on), all as the settings say."""
+    """-> (model, tokenizer, pairs to train on, pairs to evaluate on); none is encoded yet."""
     splits = load_splits(s.data)
-    texts = train_and_test(splits, s)
+    pairs, test = train_and_test(splits, s)
     if s.model:
         say(f"loading {s.model} …")
-        return *load_model(s.model, s.gradient_checkpointing), *texts
+        return *load_model(s.model, s.gradient_checkpointing), pairs, test
     need(
         "warmup" in splits, f"--data {s.data}: no split warmup to make the tiny model of; --model?"
     )
+    few_threads()
     model, tokenizer = make_tiny(splits["warmup"], s.seed)
-    return model.to(best_device()), tokenizer, *texts
+    return model.to(best_device()), tokenizer, pairs, test
 
 
 def prompt_quality(pairs, name):
@@ -2097,15 +2110,16 @@ def prompt_quality(pairs, name):
 
 def check_prompts(s):
     """--check-prompts: measure every style on up to 200 pairs, and end with advice."""
-    model, tokenizer, texts, _ = load_all(s)
+    model, tokenizer, pairs, _ = load_all(s)
     shares = {}
     for name in dict.fromkeys([*PROMPTS, s.prompts]):
-        style = replace(s, prompts=name, alpha=1.0, token_rewards="contrastive")
-        pairs = annotate(model, tokenizer, texts[:200], style)
-        if pairs:
-            shares[name] = prompt_quality(pairs, name)
+        changed = replace(s, prompts=name, alpha=1.0, token_rewards="contrastive")
+        annotated = annotate(model, tokenizer, pairs[:200], changed)
+        if annotated:
+            shares[name] = prompt_quality(annotated, name)
     need(shares, f"{s.data}: no pair is left to measure")
-    say(f"use --prompts {max(shares, key=shares.get)}")
+    best = max(shares, key=shares.get)
+    say(f"use --prompts {best}" if shares[best] > 0.5 else "none of them helps: use --alpha 0")
 
 
 # What a run folder holds while it trains. Every file is written beside the old one and renamed, so
@@ -2146,28 +2160,32 @@ def read(path, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True)
 
 
-def save_checkpoint(out, model, optimizer, history):
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict() if optimizer else None,
-        "history": history,
-    }
-    write(out / "checkpoint.pt", state)
+def save_checkpoint(folder, model, optimizer=None, history=()):
+    """Write the weights, and what training needs to go on from them."""
+    state = {"model": model.state_dict(), "history": [*history]}
+    if optimizer:
+        state["optimizer"] = optimizer.state_dict()
+    write(folder / "checkpoint.pt", state)
 
 
-def load_checkpoint(out, model, optimizer):
-    """Take weights and optimiser from the folder's checkpoint, if there is one. -> its history."""
-    path, history = out / "checkpoint.pt", []
-    if path.exists():
-        state = read(path, model.device)
-        with loading(path):
-            model.load_state_dict(state["model"])
-            if state["optimizer"]:
-                optimizer.load_state_dict(state["optimizer"])
-            history = state["history"]
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "metrics.jsonl", as_lines(history))  # lines of steps after the checkpoint go
+def resumed(folder, model, optimizer):
+    """What training in a folder begins with, from its checkpoint if it has one. -> the history."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = (folder / "checkpoint.pt").exists()
+    history = load_checkpoint(folder, model, optimizer) if there else []
+    write(folder / "metrics.jsonl", as_lines(history))  # lines of steps after the checkpoint go
     return history
+
+
+def load_checkpoint(folder, model, optimizer=None):
+    """Take the weights, and the optimiser's state, from a folder. -> the history of its run."""
+    path = folder / "checkpoint.pt"
+    state = read(path, model.device)
+    with loading(path):
+        model.load_state_dict(state["model"])
+        if optimizer and "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+        return state["history"]
 
 
 @dataclass
@@ -2185,36 +2203,31 @@ class Start:
 
     def restore(self):
         """Put the weights of the folder's checkpoint into the model."""
-        path = self.folder / "checkpoint.pt"
-        state = read(path, self.model.device)
-        with loading(path):
-            self.model.load_state_dict(state["model"])
+        load_checkpoint(self.folder, self.model)
 
 
 def prepare(s, folder, judge=None):
     """From the files to a Start; from its folder, if it has been made before."""
     if (folder / "checkpoint.pt").exists():
         return load_start(s, folder)
-    model, tokenizer, texts, heldout_texts = load_all(s)
+    model, tokenizer, raw, raw_heldout = load_all(s)
     s = resolve(s, model)
-    with measured() as cost:
-        pairs = annotate(model, tokenizer, texts, s)
-        heldout = annotate(model, tokenizer, heldout_texts, s)
+    with stopwatch() as cost:
+        pairs = annotate(model, tokenizer, raw, s)
+        heldout = annotate(model, tokenizer, raw_heldout, s)
     need(pairs, f"{s.data}: no pair is left to train on")
     steps, size = s.epochs * math.ceil(len(pairs) / s.batch_size), model.num_parameters()
     say(f"model {s.model or 'tiny'}, {size / 1e6:.1f} million parameters, on {model.device.type}")
     say(f"{len(pairs)} pairs to train on, {len(heldout)} held out, {steps} steps of {s.batch_size}")
-    say(describe(s))
     if s.lr > 1e-5 and size > 1e8:
         say(f"warning: --lr {s.lr:g} suits adapters; to train all of this model, leave it out")
     if pairs[0].chosen.better_ids is not None:
         prompt_quality(pairs, s.prompts)
     before, heldout = evaluate(model, tokenizer, heldout, s, judge)
-    # constants by construction: the model is its own reference
-    for name in (
-        ("credit_auroc", "accuracy", "margin") if s.algorithm == "dpo" else ("credit_auroc",)
-    ):
-        before.pop(name, None)
+    before.pop("credit_auroc", None)  # constants by construction: the model is its own reference
+    if s.algorithm == "dpo":
+        before.pop("accuracy", None)
+        before.pop("margin", None)
     start = Start(folder, s, model, tokenizer, pairs, heldout, before, cost)
     save_start(start)
     return start
@@ -2244,7 +2257,7 @@ def save_start(start):
         "generation": model.generation_config.to_diff_dict(),
     }
     write(folder / "pairs.pt", state)
-    save_checkpoint(folder, model, None, [])
+    save_checkpoint(folder, model)
 
 
 def load_start(s, folder):
@@ -2258,7 +2271,10 @@ def load_start(s, folder):
         model.generation_config = transformers.GenerationConfig.from_dict(state["generation"])
         pairs, heldout = unflat(state["pairs"]), unflat(state["heldout"])
     model.to(best_device()).eval()
-    model.shares_prompts, model.config.name_or_path = state["shares_prompts"], state["name"]
+    model.shares_prompts = state["shares_prompts"]
+    model.name_or_path = model.config.name_or_path = state["name"]  # by which resolve knows it
+    if model.name_or_path == TINY:
+        few_threads()
     if s.gradient_checkpointing:
         checkpoint_layers(model, folder)
     start = Start(folder, s, model, tokenizer, pairs, heldout, state["before"], state["cost"])
@@ -2297,8 +2313,8 @@ def unflat(state):
 
 def machine():
     """What the last digits of a run depend on."""
-    threads, versions = torch.get_num_threads(), (torch.__version__, transformers.__version__)
-    return {"threads": threads, "torch": versions[0], "transformers": versions[1]}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"threads": torch.get_num_threads(), **versions}
 
 
 def write_settings(folder, s):
@@ -2356,7 +2372,7 @@ def new_folder(name):
 
 
 @contextlib.contextmanager
-def measured():
+def stopwatch():
     """-> a dict that gets the seconds, and the CPU seconds of all threads, spent within it."""
     cost, seconds, cpu = {}, time.perf_counter(), time.process_time()
     yield cost
@@ -2393,7 +2409,10 @@ def run(s, judge=None):
         if (out / "summary.json").exists():
             say(f"{out}: this run is finished; its results are in summary.json")
         elif s.compare:
-            compare(s, out, judge)
+            try:
+                compare(s, out, judge)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"stopped; --resume {out} goes on") from None
         else:
             run_once(s, out, judge)
 
@@ -2402,7 +2421,8 @@ def run_once(s, out, judge):
     need(s.token_rewards != "dpo", "--token-rewards dpo: is for --compare alone")
     start = prepare(s, out, judge)
     s, model, tokenizer = start.settings, start.model, start.tokenizer
-    with measured() as cost:
+    say(describe(s))
+    with stopwatch() as cost:
         history = train(model, start.pairs, s, out, start.heldout)
     after, heldout = evaluate(model, tokenizer, start.heldout, s, judge)
     save_model(model, tokenizer, out, end_tokens(start.pairs))
