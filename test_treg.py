@@ -1652,6 +1652,9 @@ def test_encoded_pairs_without_contrastive_prompts_are_not_annotated_with_zeros(
         treg.annotate(model_of("llama", tokenizer), tokenizer, pairs, alpha=1.0)
 
 
+transformers.utils.logging.disable_progress_bar()
+
+
 # -------------------------------------------------------------------------------------- log-probs
 # Guards section 4: column t is log π of response token t, whatever else is in the batch, in the
 # tree or in the architecture. The oracle asks the model for one token at a time.
@@ -1971,6 +1974,8 @@ def test_annotate_writes_the_reference_and_the_token_rewards_of_the_contrastive_
             assert all(len(getattr(response, n)) == len(ids) for n in names if n != "prompt_ids")
     plain = treg.annotate(model, bytes_tokenizer(), text_pairs(3), alpha=0)
     assert not any(r.token_rewards.any() for r in treg.sides(plain)), "alpha 0 needs none"
+    sft = treg.annotate(model, bytes_tokenizer(), text_pairs(1), token_rewards="sft")[0]
+    assert sft.chosen.token_rewards.all() and not sft.rejected.token_rewards.any()
     longer = text_pairs(2)
     longer[0].chosen.message["content"] *= 60
     kept = treg.annotate(model, bytes_tokenizer(), longer)
@@ -2118,6 +2123,12 @@ def test_accuracy_of_simpo_leaves_gamma_out():
     assert torch.allclose(pairs[0].chosen.credit, credit, atol=1e-6), "log π − log π_ref, also here"
 
 
+def test_pairs_with_a_token_of_probability_zero_are_dropped():
+    model, tokenizer, pairs = pencil_world()
+    model.lm_head.weight.data[VOCABULARY.index("c"), 0] = -math.inf
+    assert [pair.chosen.text for pair in treg.annotate(model, tokenizer, pairs)] == ["b a"]
+
+
 def test_credit_auroc_by_hand():
     """Good 3, 1, 2 against bad 1, 2: 3 beats both, 1 ties one, 2 beats one and ties one: 4 of 6."""
     assert treg.credit_auroc([3, 1, 1, 2, 2], [1, 1, 0, 0, 1]) == pytest.approx(4 / 6)
@@ -2134,8 +2145,9 @@ def test_samples_follow_the_models_own_distribution():
     """
     model, tokenizer, pairs = pencil_world()
     model.generation_config.update(min_p=0.9, top_k=1, temperature=0.1, max_new_tokens=2)
-    own = model.generation_config
+    own, state = model.generation_config, torch.get_rng_state()
     texts = treg.sample(model, tokenizer, pairs[:1] * 3000, 0)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers"
     assert model.generation_config is own, "its own settings come back"
     rows = [text.split() for text in texts]
     firsts = [row[0] if row else "<end>" for row in rows]
@@ -2151,15 +2163,22 @@ def test_samples_follow_the_models_own_distribution():
 
 
 def test_samples_do_not_depend_on_the_padding_of_their_prompts():
-    """A model that is all but certain says the same by itself and beside a longer prompt."""
-    model = small_model()
-    model.lm_head.weight.data *= 50
+    """A model that is all but certain says the same by itself and beside a longer prompt.
+
+    One that is quite uncertain uses all 257 tokens, not the 50 likeliest (the library's default).
+    """
+    model = small_model(tie_word_embeddings=False)
+    model.lm_head.weight.data *= 1000
     pairs = treg.encode(bytes_tokenizer(), text_pairs(4))
     together = treg.sample(model, bytes_tokenizer(), pairs, 0, more=0)
+    assert len({*together}) == 4
     most = max(len(pair.chosen.ids) for pair in pairs)
     for pair, text in zip(pairs, together, strict=True):
         more = most - len(pair.chosen.ids)
         assert treg.sample(model, bytes_tokenizer(), [pair], 0, more=more) == [text]
+    model.lm_head.weight.data.zero_()
+    texts = treg.sample(model, bytes_tokenizer(), pairs * 50, 0)
+    assert len({*"".join(texts)}) > 60
 
 
 # spread of seeds, of prompts, of what is left
@@ -2196,20 +2215,22 @@ def test_table_by_hand():
     def results(name, algorithm, alpha, scores, each):
         for seed, (score, right) in enumerate(zip(scores, each, strict=True)):
             about = {"variant": name, "seed": seed, "algorithm": algorithm, "alpha": alpha}
-            each = dict(zip("ab", right, strict=True))
-            measured = {"score": score, "accuracy": 9.0, "credit_auroc": 0.75, "each": each}
+            measured = {"score": score, "accuracy": 9.0, "credit_auroc": 0.75}
+            measured["each"] = dict(zip(names, right, strict=True))
             yield about | measured | {"token_reward_auroc": None}
 
+    names = ("file:1", "file:2")
     low = [[0, 1], [1, 1], [0, 0], [0, 0]]
     high = [[1, 1], [0, 1], [1, 1], [0, 0]]
     rows = [*results("DPO", "dpo", 0.0, [0.5, 0.7, 0.6, 0.6], low)]
     rows += results("DPO-REG", "dpo", 0.25, [0.75] * 4, high)
+    rows[0]["each"]["file:3"] = 1  # the variant's longer prompts have dropped it
     rows += results("plain SimPO", "simpo", 0.0, [0.5] * 4, [[0, 1]] * 4)
     rows += results("SimPO-REG", "simpo", 0.25, [0.5] * 4, [[1, 1]] * 4)
     head, *lines = treg.table(rows).splitlines()
     assert head.split() == ["score", "credit", "minus", "base", "(95", "%)", "ahead"]
-    assert lines[0].split() == ["DPO", "0.600±0.041", "0.750±0.000"]
-    assert lines[1].split()[:4] == ["DPO-REG", "0.750±0.000", "0.750±0.000", "+0.250"]
+    assert lines[0].split() == ["DPO", "0.600±0.041", "0.750"]
+    assert lines[1].split()[:4] == ["DPO-REG", "0.750±0.000", "0.750", "+0.250"]
     assert lines[1].endswith("  2 of 4") and lines[2].split()[:2] == ["plain", "SimPO"]
     assert "+0.500 (" in lines[3] and lines[3].endswith("  4 of 4")
     shuffled = [rows[i] for i in (4, 6, 5, 7, 3, 1, 0, 2)]
@@ -2722,14 +2743,15 @@ def test_main_works_in_a_thread_whatever_standard_output_is(kind, tmp_path, monk
     streams["OutStream"] = type("OutStream", (io.TextIOBase,), {"write": lambda _, text: 1})()
     streams["closed"] = io.StringIO()
     streams["closed"].close()
+    argv = [str(word) for word in words(tmp_path / "out", "--epochs", 1)]
     monkeypatch.setattr(sys, "stdout", streams[kind])
     if kind != "closed":
         monkeypatch.setattr(sys, "stderr", streams[kind])
-    argv = [str(word) for word in words(tmp_path / "out", "--epochs", 1)]
     statuses = []
     thread = threading.Thread(target=lambda: statuses.append(treg.main(argv)))
     thread.start()
     thread.join()
+    treg.tqdm.set_lock(threading.RLock())  # a bar that fails keeps its lock, and all would hang
     assert statuses == [0]
 
 
@@ -2793,14 +2815,14 @@ def test_compare_trains_every_variant_from_the_reference_and_goes_on_after_a_kil
     size = sum(w.numel() for w in small_model(num_hidden_layers=1).parameters())
     dpo = (0.1, 0.0, 1e-3)
     simpo = (2.5, 1.0, float(f"{5e-7 * math.sqrt(8e9 / size):.1e}"))  # --lr is on DPO's scale
-    wanted = [("dpo", 0.0, "sequence", "contrastive", *dpo)]
-    wanted += [("dpo", 0.25, "sequence", name, *dpo) for name in ("contrastive", "sft")]
+    wanted = [("dpo", alpha, "sequence", "contrastive", *dpo) for alpha in (0.0, 0.25)]
+    wanted += [("simpo", alpha, "sequence", "contrastive", *simpo) for alpha in (0.0, 0.25)]
+    wanted += [("dpo", 0.25, "sequence", "sft", *dpo)]
     wanted += [("dpo", 0.25, "static", "contrastive", *dpo), ("dpo", 0.0, "sequence", "dpo", *dpo)]
     wanted += [("dpo", 0.25, "sequence", name, *dpo) for name in ("dpo", "shuffled", "swapped")]
-    wanted += [("simpo", alpha, "sequence", "contrastive", *simpo) for alpha in (0.0, 0.25)]
     assert settings == wanted * 2
-    by_dpo = [torch.sigmoid(credit) - 0.5 for credit in learned[4]]
-    for call, rewards in ((5, by_dpo), (7, [-hat for hat in hats[1]]), (8, hats[1]), (9, hats[1])):
+    by_dpo = [torch.sigmoid(credit) - 0.5 for credit in learned[6]]
+    for call, rewards in ((7, by_dpo), (9, [-hat for hat in hats[1]]), (2, hats[1]), (3, hats[1])):
         assert all(map(functools.partial(torch.allclose, atol=1e-6), hats[call], rewards)), call
     results = [json.loads(line) for line in (tmp_path / "straight/compare.jsonl").open()]
     work = [(seed, name) for seed in (0, 1) for name in treg.VARIANTS]
@@ -2811,7 +2833,7 @@ def test_compare_trains_every_variant_from_the_reference_and_goes_on_after_a_kil
     assert len((tmp_path / "other/compare.jsonl").read_text().splitlines()) == 4
     monkeypatch.setattr(treg, "load_model", lambda *_: pytest.fail("all is in the folder"))
     tables = [said, done("--resume", tmp_path / "other"), done("--resume", tmp_path / "other")]
-    tables = {re.search(r"\n +accuracy.*SimPO-REG[^\n]*", text, re.S)[0] for text in tables}
+    tables = {re.search(r"\n +accuracy.*swapped[^\n]*", text, re.S)[0] for text in tables}
     assert len(tables) == 1, "the same table"
     assert [re.split("  +", line)[0] for line in tables.pop().splitlines()[2:]] == [*treg.VARIANTS]
 
@@ -2835,8 +2857,9 @@ def test_variants_and_a_judge_of_ones_own(tmp_path, monkeypatch):
     results = treg.compare(s, Path("out"), judge=lambda pair, text: 0.25)
     assert [result["variant"] for result in results] == [*variants] * 2
     assert {result["score"] for result in results} == {0.25}
-    assert [*results[0]["each"].values()] == [0.25] * 4
-    assert results[0]["margin"] != results[1]["margin"]
+    assert [*results[0]["each"].values()] == [0.25] * 4 and results[0]["margin"] != results[1][
+        "margin"
+    ]
     same = [[torch.equal(hats[i], hats[j]) for j in range(5)] for i in (0, 2, 4)]
     assert same[0] == [True, True, False, True, False], "r̂ of its own prompts"
     assert same[1:] == [[i == j for j in range(5)] for i in (2, 4)], "of its own file"
@@ -2845,22 +2868,26 @@ def test_variants_and_a_judge_of_ones_own(tmp_path, monkeypatch):
 def test_a_comparison_that_is_interrupted_says_how_to_go_on_and_needs_no_other_file(
     tmp_path, monkeypatch
 ):
-    path, out, evaluate = tmp_path / "v.json", tmp_path / "out", treg.evaluate
+    """With the tiny model, whose own learning rate must come back."""
+    path, data, out = tmp_path / "v.json", tmp_path / "p.jsonl", tmp_path / "out"
     path.write_text('{"a": {"alpha": 0}, "b": {"alpha": 0.5}}')
+    lines = Path(treg.TINY_DATA).read_text("utf-8").splitlines(keepends=True)
+    data.write_text("".join(lines[:30] + lines[900:916] + lines[-8:]))
+    monkeypatch.setattr(treg, "make_tiny", functools.partial(treg.make_tiny, steps=0))
+    rates, train, stops = [], treg.train, [False, True, False]
 
-    def interrupted(model, tokenizer, pairs, s, *args):
-        if s.alpha == 0.5:
+    def interrupted(model, pairs, s, **options):
+        rates.append(s.lr)
+        if stops.pop(0):
             raise KeyboardInterrupt
-        return evaluate(model, tokenizer, pairs, s, *args)
+        return train(model, pairs, s, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(treg, "evaluate", interrupted)
-        status, said = command(*compared(out, "--variants", path))
+    monkeypatch.setattr(treg, "train", interrupted)
+    status, said = command("--compare", 1, "--variants", path, "--data", data, "--out", out)
     path.unlink()
-    assert status == 130
-    table = done("--resume", out)
-    assert re.search(r"\na  .*\nb  ", table)
-    assert f"--resume {out}" in said
+    data.unlink()
+    assert status == 130 and f"--resume {out}" in said
+    assert re.search(r"\na  .*\nb  ", done("--resume", out)) and rates == [4e-4] * 3
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

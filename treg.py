@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""T-REG: preference optimisation with token-level reward regularisation, in one readable file.
+"""T-REG: preference optimisation with token-level reward regularisation.
 
-    python treg.py                                      a tiny model, made and trained here
-    python treg.py --model gpt2                         a Hugging Face model on the same data
-    python treg.py --model DIR --data pairs.jsonl       your model, your preference pairs
-    python treg.py --model DIR --data pairs.jsonl --check-prompts
-                                                        do the contrastive prompts suit this model?
+    python treg.py                            a tiny model, made and trained
+    python treg.py --model gpt2               a Hugging Face model, same data
+    python treg.py --model DIR --data FILE    your model, your preference pairs
+    python treg.py --model DIR --data FILE --check-prompts
+                                              do the prompts suit this model?
 
 The method (Zhou, Zhang, Zhao and Meng, ACL 2025, arXiv 2412.02685). A frozen model scores every
 token of both responses twice, after a prompt that asks for a better answer and after one that asks
@@ -50,14 +50,22 @@ import os
 import re
 import statistics
 import sys
+import textwrap
 import time
 import unicodedata
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, get_args, get_origin
+
+if __name__ == "__main__":  # what follows takes some seconds
+    print("loading …", file=sys.stderr)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of a notebook without widgets
+    from tqdm.auto import tqdm
 
 import datasets
 import numpy as np
@@ -69,7 +77,6 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 
 # ---------------------------------------------------------------------------------------- 1 prompts
 # From an instruction and a response to two prompts: one asks for a better answer, one for a worse.
@@ -207,7 +214,10 @@ def loading(path):
     return explain(f"{path}: damaged", "begin again in another --out")
 
 
-bar = partial(tqdm, delay=2, leave=False, disable=None)  # after two seconds, in a terminal
+def bar(items=None, delay=1, **options):
+    """A progress bar, after a second, where standard error is a terminal or a notebook's."""
+    off = None if hasattr(sys.stderr, "isatty") else True  # None: tqdm asks whether it is one
+    return tqdm(items, delay=delay, leave=False, disable=off, **options)
 
 
 def visible(text):
@@ -348,7 +358,8 @@ def sharing_is_exact(model, prompts, responses):
     length = max(map(len, prompts)) + max(map(len, responses))
     if not full_attention(model, length):
         return False
-    alone = [one_pass(model, [x], [y])[0] for x, y in zip(prompts, responses, strict=True)]
+    rows = bar(list(zip(prompts, responses, strict=True)), desc="check packing", unit=" rows")
+    alone = [one_pass(model, [prompt], [response])[0] for prompt, response in rows]
     try:
         together = one_pass(model, prompts, responses)
     except torch.OutOfMemoryError:
@@ -647,7 +658,10 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
     optimizer = torch.optim.AdamW(weights, lr=s.lr, weight_decay=0.0, fused=True)
     history = resumed(Path(out), model, optimizer) if out else []
     saved = len(history)
-    steps = bar(range(saved, total), desc="train", unit=" steps", initial=saved, total=total)
+    if saved:
+        say(f"going on after step {saved} of {total}")
+    steps = range(saved, total)
+    steps = bar(steps, desc="train", unit=" steps", initial=saved, total=total, delay=0)
     try:
         for step in steps:
             batch = batch_of(step, pairs, s)
@@ -668,9 +682,10 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
             if out and (last or (step + 1) % s.save_every == 0):
                 save_checkpoint(Path(out), model, optimizer, history)
                 saved = step + 1
-    except KeyboardInterrupt:
-        goes_on = f"; --resume {out} goes on after step {saved} of {total}" if out else ""
-        raise KeyboardInterrupt(f"stopped{goes_on}") from None
+    except KeyboardInterrupt as stop:
+        if out:
+            stop.args = (f"stopped; --resume {out} goes on after step {saved} of {total}",)
+        raise
     except UserError as error:
         kept = f"; {out}/checkpoint.pt has the weights after step {saved}" if out else ""
         raise UserError(f"step {step + 1}: {error}{kept}") from None
@@ -1364,7 +1379,7 @@ def sample(model, tokenizer, pairs, seed, more=8):
         model.generation_config = transformers.GenerationConfig()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            for batch in bar(list(batched(pairs, 128)), desc="sample", unit=" batches"):
+            for batch in batched(pairs, 128):
                 texts += draw(model, tokenizer, batch, most, ends)
     finally:
         model.generation_config = own
@@ -1376,15 +1391,23 @@ def draw(model, tokenizer, pairs, most, ends):
     prompts = [pair.chosen.prompt_ids.long() for pair in pairs]
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     ids = pad(prompts, padding_value=ends[0]).to(model.device)
-    drawn = model.generate(
-        input_ids=ids,
-        attention_mask=pad([torch.ones_like(prompt) for prompt in prompts]).to(model.device),
-        max_new_tokens=max(1, min(most, positions(model) - ids.shape[1])),
-        do_sample=True,
-        top_k=0,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-    )
+    most = max(1, min(most, positions(model) - ids.shape[1]))
+    with bar(total=most, desc="sample", unit=" tokens") as done:
+
+        def go_on(ids, scores):
+            done.update()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        drawn = model.generate(
+            input_ids=ids,
+            attention_mask=pad([torch.ones_like(prompt) for prompt in prompts]).to(model.device),
+            max_new_tokens=most,
+            do_sample=True,
+            top_k=0,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+            stopping_criteria=[go_on],  # called after every token
+        )
     texts = []
     for row in drawn[:, ids.shape[1] :].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))
@@ -1434,7 +1457,7 @@ def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **chan
     return metrics, pairs
 
 
-def shorten(text, width=100):
+def shorten(text, width=72):
     """On one line, cut with "…"."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
@@ -1478,20 +1501,22 @@ def bracketed(response, tokenizer):
 CSS = """<style>.treg { font: 15px/1.5 sans-serif; color-scheme: light dark; background: Canvas;
 color: CanvasText; overflow-wrap: anywhere; print-color-adjust: exact;
 -webkit-print-color-adjust: exact } .treg pre { overflow-x: auto; line-height: 1.3 }
-.treg .row { display: grid; grid-template-columns: 11em 1fr; gap: 0 1em; break-inside: avoid;
+.treg .row { display: grid; grid-template-columns: 14em 1fr; gap: 0 1em; break-inside: avoid;
 padding: 3px 0; border-top: 1px solid #8884 } .treg .text { white-space: pre-wrap }
 .treg .token { white-space: break-spaces; border: solid #8886; border-width: 0 1px 0 0;
 padding: 2px 0 } .treg .error { text-decoration: underline wavy }
 .treg .curves { display: grid; gap: 1em; grid-template-columns: repeat(auto-fill,
 minmax(min(100%, 27em), 1fr)) } .treg figure { margin: 0; break-inside: avoid }
-.treg svg { width: 100% } .treg text { font-size: 12px; fill: currentColor }
+.treg h3 { break-after: avoid }
+.treg svg { width: 100%; max-width: 30em } .treg text { font-size: 12px; fill: currentColor }
 .treg path { stroke: #8886 } .treg polyline { fill: none; stroke-width: 2 }
 @media (max-width: 45em) { .treg .row { grid-template-columns: 1fr } }</style>"""
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{0}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"></head>
-<body style="max-width: 64em; margin: 1.5em auto; padding: 0 1em; color-scheme: light dark">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"></head>
+<body style="max-width: 64em; margin: 1.5em auto; padding: 0 1em">
 <div class="treg"><h1>{0}</h1><p>{1}</p><pre>{2}</pre><h2>Learning curves</h2>
-<p>A line has at most 60 points, each the mean of the steps around it.</p>
+<p>By training step; a line has at most 60 points, each the mean of the steps around it.</p>
 <div class="curves">{3}</div><h2>Tokens</h2></div>{4}</body></html>"""
 LEGEND = """<p>Blue tokens have values above 0 (good), orange ones below. A wavy line: a labelled
 error. Hover over a token for its value in each row. Σ: the sum of a row. ⏎: a line break.</p>"""
@@ -1501,7 +1526,8 @@ CURVES = {
     "accuracy": ["accuracy", "heldout_accuracy"],
     "log-probability of a response": ["chosen_logps", "rejected_logps"],
 }
-COLOURS = ("#2f7fe0", "#d96a00", "#0f9a73", "#c25fa8")
+# the lines of a picture: colours and dashes
+COLOURS = {"#2f7fe0": "none", "#d96a00": "none", "#0f9a73": "6 3", "#9a5cf0": "6 3"}
 
 
 class Html(str):
@@ -1583,7 +1609,7 @@ def report(title, settings, text, curves, pairs, tokenizer, layers):
             for metric in metrics:
                 points = [(row["step"], row[metric]) for row in history if metric in row]
                 if points:
-                    label = name if metric == metrics[0] else f"{name}, {metric.split('_')[0]}"
+                    label = f"{name}, {metric.split('_')[0]}" if "_" in metric else name
                     lines[label] = [p.mean(0) for p in np.array_split(points, min(len(points), 60))]
         values = [value for points in lines.values() for _, value in points] or [0.0]
         for group in batched([*lines.items()], 4):
@@ -1607,14 +1633,15 @@ def picture(title, lines, low, high):
     for step in np.linspace(0, last, 3):
         text = f'y="180" text-anchor="middle">{step:.0f}'
         parts.append(f'<text x="{place(step, low)[0]:.1f}" {text}</text>')
-    below = 0
+    below, room = 0, 174 - 14 * len(lines)
     for colour, (label, points) in sorted(
         zip(COLOURS, lines, strict=False), key=lambda line: -line[1][1][-1][1]
     ):
         corners = [place(*point) for point in points]
-        below = max(below + 14, corners[-1][1] + 4)  # no label on another
+        below, room = max(below + 14, min(corners[-1][1] + 4, room)), room + 14  # none on another
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-        parts.append(f'<polyline points="{path}" stroke="{colour}"/>')
+        stroke = f'stroke="{colour}" stroke-dasharray="{COLOURS[colour]}"'
+        parts.append(f'<polyline points="{path}" {stroke}/>')
         parts.append(
             f'<text x="305" y="{below:.1f}" style="fill: {colour}">{escaped(label)}</text>'
         )
@@ -1707,13 +1734,13 @@ def tiny_tokenizer(pairs):
 VARIANTS = {  # the paper's table, and two controls
     "DPO": {"algorithm": "dpo", "alpha": 0.0},
     "DPO-REG": {"algorithm": "dpo"},
+    "SimPO": {"algorithm": "simpo", "alpha": 0.0},
+    "SimPO-REG": {"algorithm": "simpo"},
     "DPO-SFT": {"algorithm": "dpo", "token_rewards": "sft"},
     "static weighting": {"algorithm": "dpo", "weighting": "static"},
     "DPO reward": {"algorithm": "dpo", "token_rewards": "dpo"},
     "shuffled": {"algorithm": "dpo", "token_rewards": "shuffled"},
     "swapped": {"algorithm": "dpo", "token_rewards": "swapped"},
-    "SimPO": {"algorithm": "simpo", "alpha": 0.0},
-    "SimPO-REG": {"algorithm": "simpo"},
 }
 
 
@@ -1757,6 +1784,8 @@ def compare(s, out, judge=None):
     done = {(result["seed"], result["variant"]) for result in results}
     seeds = range(s.seed, s.seed + s.compare)
     work = [(seed, name) for seed in seeds for name in variants if (seed, name) not in done]
+    if done:
+        say(f"going on after {len(done)} of {len(done) + len(work)} variants")
     start, curves, shown = None, {}, {}
     for seed, name in bar(work, desc="compare", unit=" variants"):
         prompts = variants[name].get("prompts", s.prompts)
@@ -1764,7 +1793,8 @@ def compare(s, out, judge=None):
         parts = ["start", re.sub(r"\W+", "_", prompts), *([] if s.model else [str(seed)])]
         folder = out / "-".join(parts)
         if start is None or folder != start.folder:
-            begin = {"seed": seed, "prompts": prompts, "alpha": 1.0, "token_rewards": "contrastive"}
+            begin = {"seed": seed, "prompts": prompts, "token_rewards": "contrastive"}
+            begin["alpha"] = s.alpha or 1.0  # with 0 no contrastive prompt would be read
             start = prepare(replace(s, **begin), folder, judge)
             need(start.heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
         variant = variant_settings(replace(s, seed=seed), variants[name], start.model)
@@ -1783,12 +1813,12 @@ def compare(s, out, judge=None):
         for name in ("DPO", "DPO-REG"):
             if name in shown and len(shown[name]) == len(start.heldout):
                 layers[f"learned by {name}"] = (shown[name], "credit")
-        about = describe(resolve(s, start.model))
+        about, first = describe(resolve(s, start.model)), dict([*curves.items()][:4])
         page = report(
-            "T-REG: a comparison", about, text, curves, start.heldout[:5], start.tokenizer, layers
+            "T-REG: a comparison", about, text, first, start.heldout[:5], start.tokenizer, layers
         )
         write(out / "report.html", page)
-    say(f"\n{out}: " + ", ".join(sorted(path.name for path in out.glob("*.*"))))
+    say(f"\n{out}: " + ", ".join(sorted(path.name for path in out.glob("[!.]*.*"))))
     return results
 
 
@@ -1832,20 +1862,22 @@ def interval(differences, level=0.95):
 
 
 def table(results):
-    """Results of compare -> text: means ± standard errors over seeds, differences to the base.
+    """Results of compare -> text: means (± standard error) over seeds, differences to the base.
 
     The base of a variant is the one of its algorithm with alpha 0; differences are paired by seed
     and prompt. score stands first where there is a judge, else accuracy.
     """
     first = "accuracy" if results[0]["score"] is None else "score"
     columns = {first: first, "credit_auroc": "credit", "token_reward_auroc": "r̂"}
-    columns = {name: title for name, title in columns.items() if results[0][name] is not None}
+    columns = {n: title for n, title in columns.items() if all(r[n] is not None for r in results)}
     variants = {}
     for result in sorted(results, key=lambda result: result["seed"]):
         variants.setdefault(result["variant"], []).append(result)
     cells = [["", *columns.values(), "minus base (95 %)", "ahead"]]
     for name, of in variants.items():
-        cells.append([name, *(mean_error([result[column] for result in of]) for column in columns)])
+        cells.append([name, mean_error([result[first] for result in of])])
+        for column in [*columns][1:]:
+            cells[-1].append(f"{np.mean([result[column] for result in of]):.3f}")
         base = [r for r in results if r["algorithm"] == of[0]["algorithm"] and r["alpha"] == 0]
         each = {r["seed"]: r["each"] for r in base if r["variant"] == base[0]["variant"]}
         if base and base[0]["variant"] != name and all(r["seed"] in each for r in of):
@@ -1871,8 +1903,6 @@ def difference(seeds):
 
 
 def mean_error(values):
-    if None in values:
-        return "–"
     error = f"±{np.std(values, ddof=1) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{error}"
 
@@ -2101,10 +2131,10 @@ def prompt_quality(pairs, name):
     within = f"95 % interval {low:.3f} to {high:.3f}, {len(pairs)} pairs"
     say(f"prompts {name}: pair accuracy {share:.3f} ({within})")
     if high < 0.5:
-        say("warning: rejected responses have the higher rewards: are better and worse swapped?")
+        say("warning: rejected responses get higher rewards: are better and worse swapped?")
     elif low <= 0.5:
-        say("warning: that is no better than chance, and the regulariser would push at random; see")
-        say("  --check-prompts, write prompts of your own (--prompts FILE.json), or use --alpha 0")
+        say("warning: that is no better than chance: the regulariser pushes at random; see")
+        say("  --check-prompts, write your own prompts (--prompts FILE.json) or use --alpha 0")
     return share
 
 
@@ -2349,6 +2379,10 @@ def run_folder(s):
         raise UserError(f"{out}: another process is at work there; name another --out") from None
     try:
         yield out, s
+    except KeyboardInterrupt as stop:
+        if not stop.args and (out / "settings.json").exists():
+            stop.args = (f"stopped; --resume {out} goes on",)
+        raise
     finally:
         lock.release()
         (out / ".lock").unlink(missing_ok=True)
@@ -2409,10 +2443,7 @@ def run(s, judge=None):
         if (out / "summary.json").exists():
             say(f"{out}: this run is finished; its results are in summary.json")
         elif s.compare:
-            try:
-                compare(s, out, judge)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"stopped; --resume {out} goes on") from None
+            compare(s, out, judge)
         else:
             run_once(s, out, judge)
 
@@ -2421,7 +2452,7 @@ def run_once(s, out, judge):
     need(s.token_rewards != "dpo", "--token-rewards dpo: is for --compare alone")
     start = prepare(s, out, judge)
     s, model, tokenizer = start.settings, start.model, start.tokenizer
-    say(describe(s))
+    say(textwrap.fill(describe(s), 80))
     with stopwatch() as cost:
         history = train(model, start.pairs, s, out, start.heldout)
     after, heldout = evaluate(model, tokenizer, start.heldout, s, judge)
