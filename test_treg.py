@@ -2030,7 +2030,7 @@ def test_divergence_names_the_pairs_and_keeps_the_last_good_checkpoint(at, tmp_p
 
     monkeypatch.setattr(treg, "take_step", diverging)
     with pytest.raises(treg.UserError, match=rf"step {at}:.*checkpoint\.pt.* step 2") as found:
-        treg.train(model, pairs, out=tmp_path, batch_size=2, save_every=2, lr=1e-3)
+        treg.train(model, pairs, out=str(tmp_path), batch_size=2, save_every=2, lr=1e-3)
     if at == 3:
         assert all(pair.where in str(found.value) for pair in batches[-1])
     state = treg.read(tmp_path / "checkpoint.pt")

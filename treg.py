@@ -1782,6 +1782,7 @@ def compare(s, out, judge=None):
     if path.exists():
         results = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     done = {(result["seed"], result["variant"]) for result in results}
+    styles = [*dict.fromkeys(changes.get("prompts", s.prompts) for changes in variants.values())]
     seeds = range(s.seed, s.seed + s.compare)
     work = [(seed, name) for seed in seeds for name in variants if (seed, name) not in done]
     if done:
@@ -1790,7 +1791,7 @@ def compare(s, out, judge=None):
     for seed, name in bar(work, desc="compare", unit=" variants"):
         prompts = variants[name].get("prompts", s.prompts)
         # a model that is loaded is the same for all seeds, the tiny one is made anew for each
-        parts = ["start", re.sub(r"\W+", "_", prompts), *([] if s.model else [str(seed)])]
+        parts = ["start", str(styles.index(prompts)), *([] if s.model else [str(seed)])]
         folder = out / "-".join(parts)
         if start is None or folder != start.folder:
             begin = {"seed": seed, "prompts": prompts, "token_rewards": "contrastive"}
@@ -2251,7 +2252,7 @@ def prepare(s, folder, judge=None):
     say(f"{len(pairs)} pairs to train on, {len(heldout)} held out, {steps} steps of {s.batch_size}")
     if s.lr > 1e-5 and size > 1e8:
         say(f"warning: --lr {s.lr:g} suits adapters; to train all of this model, leave it out")
-    if pairs[0].chosen.better_ids is not None:
+    if s.alpha > 0 and s.token_rewards == "contrastive":
         prompt_quality(pairs, s.prompts)
     before, heldout = evaluate(model, tokenizer, heldout, s, judge)
     before.pop("credit_auroc", None)  # constants by construction: the model is its own reference
