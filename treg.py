@@ -44,6 +44,7 @@ import gzip
 import html
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -785,6 +786,7 @@ def read_rows(source):
 
 
 def hub_rows(name):
+    """The same for a data set of the hub; its splits are the rows' splits."""
     hint = "see whether the name is right and the hub can be reached"
     with explain(f"--data {name}: no such file, and the hub does not give it", hint):
         splits = datasets.load_dataset(name)
@@ -903,6 +905,7 @@ def words_of(value):
 
 
 def read_text(value, what):
+    """The value, if it is a text that can be trained on; what it is called in the UserError."""
     need(isinstance(value, str), f"{what} must be text, not {type(value).__name__}")
     need(value.strip(), f"{what} is blank; give it text or take the row out")
     broken = re.search("[\ud800-\udfff]", value)
@@ -1296,6 +1299,7 @@ def encode_response(tokenizer, pair, response, style):
 
 
 def tokenize_prompt(tokenizer, prompt):
+    """-> the ids (int32) that the model is given before it writes."""
     # a space that ends the prompt is part of the first word's token: the model is to write it
     ids = tokenizer(prompt.rstrip(" "), add_special_tokens=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int32)
@@ -1904,6 +1908,7 @@ def difference(seeds):
 
 
 def mean_error(values):
+    """The mean, and with several seeds its standard error, as a cell of the table."""
     error = f"±{np.std(values, ddof=1) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{error}"
 
@@ -2029,6 +2034,7 @@ def read_prompts(name):
 
 
 def best_device():
+    """Where to compute: an NVIDIA GPU, else Apple's, else the processor."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -2349,6 +2355,7 @@ def machine():
 
 
 def write_settings(folder, s):
+    """Keep the settings of a run in its folder, and the machine that it began on."""
     content = {"settings": asdict(s), "machine": machine()}
     write(folder / "settings.json", json.dumps(content, indent=2) + "\n")
 
@@ -2393,11 +2400,14 @@ def run_folder(s):
 
 def new_folder(name):
     """Make a folder for a run; without a name one that nobody has, under runs/."""
-    out = Path(name or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
-    count = 1
-    while not name and out.exists():
-        count += 1
-        out = out.with_name(f"{out.name.partition('~')[0]}~{count}")
+    if name is None:
+        stem = time.strftime("runs/%Y-%m-%d_%H-%M-%S")
+        for count in itertools.count(1):
+            out = Path(stem if count == 1 else f"{stem}~{count}")
+            with contextlib.suppress(FileExistsError):  # made by another run in this second
+                out.mkdir(parents=True)
+                return out
+    out = Path(name)
     need(not out.exists() or out.is_dir(), f"--out {out}: is a file; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
     # what a run leaves that was killed in its first write
@@ -2450,6 +2460,7 @@ def run(s, judge=None):
 
 
 def run_once(s, out, judge):
+    """Prepare, train, evaluate, save and show one model, from wherever the folder has got to."""
     need(s.token_rewards != "dpo", "--token-rewards dpo: is for --compare alone")
     start = prepare(s, out, judge)
     s, model, tokenizer = start.settings, start.model, start.tokenizer
@@ -2493,6 +2504,8 @@ def save_model(model, tokenizer, out, learned):
 
 
 class CommandLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others."""
+
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
