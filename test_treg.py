@@ -634,6 +634,9 @@ SHAPES = [
 ]
 
 
+QUESTION = "Describe a {size} {colour} {material} {object} in the {place}."
+
+
 def respond(rng, world):
     """-> (spans of the wrong words, the response); a slot is wrong with probability 0.3."""
     text, errors = "", []
@@ -654,8 +657,7 @@ def tiny_data():
     for split, count in {"warmup": 900, "train": 300, "validation": 150, "test": 150}.items():
         while count:
             world = {slot: rng.choice(words) for slot, words in WORDS.items()}
-            prompt = "Describe a {size} {colour} {material} {object} in the {place}."
-            prompt = prompt.format(**world)
+            prompt = QUESTION.format(**world)
             both = sorted([respond(rng, world), respond(rng, world)], key=lambda r: len(r[0]))
             if prompt in seen or len(both[0][0]) == len(both[1][0]):
                 continue
@@ -3100,3 +3102,217 @@ def test_what_the_readme_names_exists():
     heads = [head.lower().replace(" ", "-") for head in re.findall(r"^#+ (.*)$", README, re.M)]
     for anchor in re.findall(r"\]\(#([^)]*)\)", README):
         assert anchor in [re.sub(r"[^\w-]", "", head) for head in heads], anchor
+
+
+# ----------------------------------------------------------------------------- the map of README.md
+# No tests: `python test_treg.py map FOLDER` makes the map of "Does it work?", and goes on where it
+# was stopped. Here an answer is K sentences of the tiny world, and a preference says which of two
+# has fewer wrong words: the longer the answers, the less it says of each word.
+#
+# What T-REG's claim predicts, written down before the first run. Gain: the share of sampled
+# sentences without an error, minus that of tuned DPO, over the same seeds and prompts.
+#   1. The gain of DPO-REG with α = 1 grows, over the cells (K, pairs), with the credit that DPO
+#      leaves open, 1 − its credit AUROC: Spearman's rank correlation above 0, one-sided, by
+#      permutation of the cells, at 5 %. (Nothing else is tested.)
+#   2. With shuffled token rewards the gain is 0.
+#   3. With better and worse swapped it is below 0.
+MAP_LENGTHS = (1, 2, 4)
+MAP_SIZES = (40, 100, 300, 1000)
+MAP_VARIANTS = {
+    "DPO": {"alpha": 0.0},
+    "α = ¼": {"alpha": 0.25},
+    "α = 1": {"alpha": 1.0},
+    "shuffled": {"alpha": 1.0, "token_rewards": "shuffled"},
+    "swapped": {"alpha": 1.0, "token_rewards": "swapped"},
+}
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+BETAS = (0.3, 1.0, 3.0)
+
+
+def wrong_in(sentences):
+    """How many words are wrong in what respond() gave for some sentences."""
+    return sum(len(errors) for errors, _ in sentences)
+
+
+def long_answers(k, split, count):
+    """-> pairs whose prompts ask for k sentences.
+
+    For each sentence there are two, as in the tiny data, and each answer takes one of them at
+    random. But in the warm-up one answer takes the better of every two: what the model knows of
+    good and bad sentences is to be the same for every k.
+    """
+    rng, pairs = random.Random(f"{k} {split}"), []
+    while len(pairs) < count:
+        worlds = [{slot: rng.choice(words) for slot, words in WORDS.items()} for _ in range(k)]
+        twice = [[respond(rng, world), respond(rng, world)] for world in worlds]
+        if split == "warmup":
+            twice = [sorted(two, key=lambda one: len(one[0])) for two in twice]
+        chosen, rejected = sorted(zip(*twice, strict=True), key=wrong_in)
+        if wrong_in(chosen) == wrong_in(rejected):
+            continue
+        row = {"prompt": " ".join(map(QUESTION.format_map, worlds))}
+        for side, sentences in ("chosen", chosen), ("rejected", rejected):
+            row[side] = " ".join(text for _, text in sentences)
+            row[f"{side}_errors"], start = [], 0
+            for errors, text in sentences:
+                row[f"{side}_errors"] += [[start + a, start + b] for a, b in errors]
+                start += len(text) + 1
+        pairs.append(treg.read_pair(row, f"{split} {len(pairs) + 1}"))
+    return pairs
+
+
+def words_to_change(said, right):
+    """The least number of words to change, add or take out to make one list the other."""
+    row = list(range(len(right) + 1))
+    for i, word in enumerate(said, 1):
+        before, row = row, [i]
+        for j, wanted in enumerate(right, 1):
+            row.append(min(before[j - 1] + (word != wanted), before[j] + 1, row[j - 1] + 1))
+    return row[-1]
+
+
+def errors_by_sentence(pair, text):
+    """-> for each sentence that the prompt asks for, how many words of the text's are wrong.
+
+    That is the distance to the nearest of the right sentences, and at most the number of its words.
+    """
+    worlds = re.findall(re.sub(r"\{\w+\}", r"(\\w+)", QUESTION), pair.prompt[-1]["content"])
+    sentences = [*re.findall(r"[^.]+\.?", text), *[""] * len(worlds)]
+    counts = []
+    for values, sentence in zip(worlds, sentences, strict=False):
+        world = dict(zip(WORDS, values, strict=True))
+        right = [shape.format_map(world).split() for shape in SHAPES]
+        counts.append(min(min(words_to_change(sentence.split(), r), len(r)) for r in right))
+    return counts
+
+
+class Runs:
+    """All runs with answers of k sentences: a reference for each seed, and a file of results."""
+
+    def __init__(self, folder, k, most, heldout, warm_steps, done):
+        self.k, self.warm_steps, self.done = k, warm_steps, done
+        counts = {"warmup": 900, "train": most, "validation": heldout, "test": heldout}
+        self.splits = {split: long_answers(k, split, count) for split, count in counts.items()}
+        self.reference = functools.cache(self.make_reference)
+        self.path = Path(folder) / f"map-{k}.jsonl"
+        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        self.results = {row["name"]: row for row in map(json.loads, lines)}
+
+    def make_reference(self, seed):
+        """-> (model, tokenizer, its weights, {split: annotated pairs})."""
+        made = treg.make_tiny(self.splits["warmup"], seed, self.warm_steps, styles=["answer"])
+        weights = {name: weight.clone() for name, weight in made[0].state_dict().items()}
+        splits = [split for split in self.splits if split != "warmup"]
+        pairs = {split: treg.annotate(*made, self.splits[split], alpha=1.0) for split in splits}
+        return *made, weights, pairs
+
+    def result(self, size, split, seed, variant, lr, beta):
+        """Train a variant on the first pairs and judge it on a split; no run is done twice."""
+        name = f"{size} {split} {seed} {variant} {lr} {beta}"
+        if name not in self.results:
+            model, tokenizer, weights, pairs = self.reference(seed)
+            s = treg.Settings(lr=lr, beta=beta, seed=seed, **MAP_VARIANTS[variant])
+            train, heldout = (
+                treg.change_rewards(of, s.token_rewards, seed)
+                for of in (pairs["train"][:size], pairs[split])
+            )
+            model.load_state_dict(weights)
+            # about 114 steps, whatever the number of pairs
+            treg.train(model, train, s, epochs=max(1, round(912 / size)))
+            metrics, judged = treg.evaluate(model, tokenizer, heldout, s, lambda *_: 0, draws=2)
+            errors = [[errors_by_sentence(p, text) for text in p.samples] for p in judged]
+            row = {"name": name, "credit": metrics["credit_auroc"]}
+            row |= {"accuracy": metrics["accuracy"], "r_hat": metrics["token_reward_auroc"]}
+            row["errors"] = np.mean(errors, (1, 2)).tolist()
+            row["perfect"] = (np.array(errors) == 0).mean((1, 2)).tolist()
+            treg.append(self.path, row)
+            self.results[name] = row
+        self.done.update()
+        return self.results[name]
+
+    def tuned(self, size):
+        """Rate, then β, of plain DPO with the most perfect sentences of validation, two seeds."""
+
+        def perfect(lr, beta):
+            of = [self.result(size, "validation", seed, "DPO", lr, beta) for seed in (0, 1)]
+            return np.mean([row["perfect"] for row in of])
+
+        lr = max(RATES, key=lambda lr: perfect(lr, 1.0))
+        return lr, max(BETAS, key=lambda beta: perfect(lr, beta))
+
+
+def rank_test(x, y, times=10_000):
+    """-> (Spearman's correlation, how often a random order of y gives as much: one-sided p)."""
+    # the rank of a value is the mean place of all that are equal to it
+    x, y = ([np.mean(np.flatnonzero(np.sort(v) == one)) for one in v] for v in (x, y))
+    rng, found = np.random.default_rng(0), np.corrcoef(x, y)[0, 1]
+    random_ones = [np.corrcoef(x, rng.permutation(y))[0, 1] for _ in range(times)]
+    return found, (1 + sum(one >= found - 1e-12 for one in random_ones)) / (times + 1)
+
+
+def scatter(points, width=60, height=16):
+    """-> lines of text: (x, y, mark) on axes from the least to the largest value and 0."""
+    xs, ys = [0, *(p[0] for p in points)], [0, *(p[1] for p in points)]
+    grid = [[" "] * (width + 1) for _ in range(height + 1)]
+
+    def place(x, y):
+        across = (x - min(xs)) / (max(xs) - min(xs) or 1) * width
+        return round((max(ys) - y) / (max(ys) - min(ys) or 1) * height), round(across)
+
+    grid[place(0, 0)[0]] = ["-"] * (width + 1)
+    for x, y, mark in points:
+        row, column = place(x, y)
+        grid[row][column] = mark
+    lines = ["".join(row) for row in grid]
+    lines[0] = f"{max(ys):+.2f} |{lines[0]}"
+    lines[-1] = f"{min(ys):+.2f} |{lines[-1]}"
+    lines[1:-1] = [f"      |{line}" for line in lines[1:-1]]
+    return [*lines, f"       {min(xs):<{width // 2}.2f}{max(xs):>{width // 2 + 1}.2f}"]
+
+
+def make_map(folder, lengths=MAP_LENGTHS, sizes=MAP_SIZES, seeds=8, heldout=150, warm_steps=2000):
+    """Run, or finish, all cells; print the map, its test and its plot. -> one dict for each cell."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    each = 2 * (len(RATES) + len(BETAS)) + seeds * len(MAP_VARIANTS)
+    cells, points = [], []
+    with treg.bar(total=len(lengths) * len(sizes) * each, desc="map", unit=" runs") as done:
+        for k in lengths:
+            runs = Runs(folder, k, max(sizes), heldout, warm_steps, done)
+            for size in sizes:
+                lr, beta = runs.tuned(size)
+                cell = {"k": k, "pairs": size, "lr": lr, "beta": beta}
+                of = {
+                    variant: [
+                        runs.result(size, "test", seed, variant, lr, beta) for seed in range(seeds)
+                    ]
+                    for variant in MAP_VARIANTS
+                }
+                for name in ("perfect", "errors", "credit", "r_hat"):
+                    cell[name] = float(np.mean([row[name] for row in of["DPO"]]))
+                for variant in [*MAP_VARIANTS][1:]:
+                    for name in ("perfect", "errors"):
+                        both = zip(of[variant], of["DPO"], strict=True)
+                        gains = [np.subtract(one[name], dpo[name]) for one, dpo in both]
+                        cell[f"{variant} {name}"] = treg.interval(gains)
+                cells.append(cell)
+    head = ["K", "pairs", "lr", "β", "DPO", "errors", "credit", "r̂", *[*MAP_VARIANTS][1:]]
+    print("".join(f"{name:>8}" for name in head[:8]) + "".join(f"{n:>25}" for n in head[8:]))
+    for cell in cells:
+        line = f"{cell['k']:8d}{cell['pairs']:8d}{cell['lr']:8.0e}{cell['beta']:8.1f}"
+        line += "".join(f"{cell[name]:8.3f}" for name in ("perfect", "errors", "credit", "r_hat"))
+        for variant in head[8:]:
+            mean, low, high = cell[f"{variant} perfect"]
+            line += f"{mean:+.3f} ({low:+.3f} to {high:+.3f})".rjust(25)
+        print(line)
+        points.append((1 - cell["credit"], cell["α = 1 perfect"][0], str(cell["k"])))
+    opened, gains, _ = zip(*points, strict=True)
+    rho, p = rank_test(opened, gains)
+    print(f"\nrank correlation of gain (α = 1) and open credit {rho:+.2f}, p = {p:.4f}")
+    print("\ngain of α = 1 (up) against 1 − credit AUROC of DPO (right); a mark is its K")
+    print("\n".join(scatter(points)))
+    return cells
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["map"]:
+    transformers.logging.set_verbosity_error()
+    make_map(sys.argv[2], **({"lengths": [int(k) for k in sys.argv[3:]]} if sys.argv[3:] else {}))

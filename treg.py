@@ -1660,11 +1660,11 @@ def picture(title, lines, low, high):
 TINY = "(the tiny model)"  # its name, by which its own defaults are found
 
 
-def make_tiny(pairs, seed, steps=2000):
+def make_tiny(pairs, seed, steps=2000, styles=tuple(PROMPTS)):
     """-> (model, tokenizer): a small GPT-2 with random weights, warmed up on these pairs alone.
 
     It learns to answer a prompt with either response, a better prompt with the chosen one and a
-    worse prompt with the rejected one.
+    worse prompt with the rejected one, for each of the styles of PROMPTS.
     """
     tokenizer = tiny_tokenizer(pairs)
     torch.manual_seed(seed)
@@ -1683,7 +1683,7 @@ def make_tiny(pairs, seed, steps=2000):
     model = transformers.GPT2LMHeadModel(config).eval()
     model.shares_prompts = True
     rows = []
-    for style in PROMPTS:
+    for style in styles:
         for pair in encode(tokenizer, pairs, style, max_length=256):
             chosen, rejected = pair.chosen, pair.rejected
             # a revision improves on the rejected response or spoils the chosen one: if it repeated
