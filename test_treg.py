@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Tests of treg.py: python -m pytest -q test_treg.py
 
-First the paper by hand: the derivation in the docstring, numbers that a pencil gives, asserted to
-1e-10 in float64, the gradient beside the value. Then the grading of a file of your own, with
-TREG=student.py python -m pytest -q test_treg.py -x -k method. Then the program.
+Part I, the paper, by hand: the derivation in the docstring, numbers that a pencil gives, asserted
+to 1e-10 in float64, the gradient beside the value. Then the grading of a file of your own, with
+TREG=student.py python -m pytest -q test_treg.py -x -k method.
+    1 the paper    2 grading
+Part II, the program: each section says what it guards, and a table in it is read as "this in, that
+out". Every helper stands once.
+    3 the tiny data    4 data    5 templates and tokens    6 models and sharing    7 log-probs
+    8 training    9 evaluation    10 the run    11 the comparison    12 README    the map
 """
 
 import codecs
@@ -42,7 +47,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -80,6 +85,7 @@ def close(found, expected, hint, tolerance=1e-10):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, equal_nan=True, msg=message)
 
 
+# =================================================================== Part I, the paper, by hand
 # ------------------------------------------------------------------------ 1 the paper, by hand
 # Guards sections 1 to 3 of treg.py: what r̂, r, z, w and L are, and what they do to every token.
 
@@ -592,32 +598,9 @@ def test_a_graded_file_gets_short_hints(tmp_path):
     assert len(says.splitlines()) < 5 * failed + 15, says
 
 
-@not_graded
-def test_what_cannot_be_graded_says_why(tmp_path):
-    student = tmp_path / "student.py"
-    for source, says in {
-        "def f(:": "SyntaxError.*line 1",
-        "\n1 / 0": "line 2: ZeroDivisionError",
-        "def token_reward(): 0": "defines none of contrastive_prompts",
-    }.items():
-        student.write_text(source)
-        with pytest.raises(pytest.Collector.CollectError, match=says):
-            graded(student)
-
-
-@not_graded
-def test_a_whole_copy_takes_the_place_of_treg(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "treg", treg)
-    student = tmp_path / "student.py"
-    student.write_text((HERE / "treg.py").read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.warns(match="graded: contrastive_prompts.*credit_auroc"):
-        copied = graded(student)
-    assert copied is sys.modules["treg"] is not treg
-    assert copied.treg_loss.__globals__ is vars(copied)
-
-
-# ------------------------------------------------------------------------------------ the tiny data
-# Guards tiny_data.jsonl: this generator makes it, and its labels and answers agree with its texts.
+# =================================================================== Part II, the program
+# ------------------------------------------------------------------------------- 3 the tiny data
+# Guards tiny_data.jsonl: this generator makes it, with its labels and answers.
 SLOTS = """
 size tiny small large huge tall short
 colour red blue green gold black white pink grey
@@ -675,18 +658,11 @@ def test_tiny_data_is_made_again_bit_for_bit():
     assert (HERE / "tiny_data.jsonl").read_bytes() == tiny_data().encode()
 
 
-def test_tiny_data_has_labels_and_answers_that_fit_its_texts():
-    splits = treg.load_splits(HERE / "tiny_data.jsonl")
-    for pair in splits["test"] + splits["validation"]:
-        wrong = [len(response.errors or []) for response in (pair.chosen, pair.rejected)]
-        right = [response.text in pair.answers for response in (pair.chosen, pair.rejected)]
-        assert wrong[0] < wrong[1] and right == [not count for count in wrong], pair.where
-    wrong = sum(bool(pair.chosen.errors) for pair in splits["train"])
-    assert 60 < wrong < 240, "the chosen response must not always be perfect"
+# ---------------------------------------------------------------------------------------- 4 data
+# Guards the way from bytes to texts: each format gives exactly its prompt and its responses, no
+# kind of file changes a text, no row vanishes, and what cannot be used is named by its place.
 
 
-# ------------------------------------------------------------------------- data: what is understood
-# Guards the texts that are trained on: each format gives exactly its prompt and its responses.
 def message(role, content, **more):
     return {"role": role, "content": content, **more}
 
@@ -696,7 +672,7 @@ ASKED = [U("Is it?")]
 LONGER = [U("Hi"), A("Hello"), *ASKED]
 TEXTS = {"chosen": "Yes.", "rejected": "No."}
 ROW = {"prompt": "Is it?", **TEXTS}
-CALL = [{"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}]
+CALL = [{"type": "function", "function": {"name": "look", "arguments": {"bird": "crow"}}}]
 CALLED = [*ASKED, A("", tool_calls=CALL), TOOL("It is.")]
 HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Is it?\n\nAssistant:"
 
@@ -735,64 +711,44 @@ def read(path, content):
     return [(pair.prompt, pair.chosen.text, pair.rejected.text) for pair in treg.load_pairs(path)]
 
 
-FORMATS = [  # a prompt, and rows that have it before the responses of TEXTS
-    ([U(" Is it?\n")], [{"prompt": " Is it?\n", **TEXTS}]),
-    ([U("Add.")], [{"instruction": "Add.", "input": "", **TEXTS}]),
-    ([U("Add.\n\n1")], [{"instruction": "Add.", "input": "1", **TEXTS}]),
-    (CALLED, [{"prompt": CALLED, **TEXTS}]),
+BLANK = {"question": None, "system": math.nan, "input": "", "images": [], "query": " "}
+FORMATS = [  # rows that have their prompt before the responses of TEXTS
+    ({"prompt": " Is it?\n", **TEXTS}, [U(" Is it?\n")]),
+    ({"instruction": "Add.", "input": "1", **TEXTS}, [U("Add.\n\n1")]),
+    ({"instruction": "Is it?", "input": "", **TEXTS}, ASKED),
+    ({"prompt": ASKED, **talk()}, ASKED),
+    ({"prompt": ASKED, "chosen": A("Yes."), "rejected": "No."}, ASKED),
+    ({"prompt": [U([{"type": "text", "text": "Is it?"}])], **TEXTS}, ASKED),
+    ({"prompt": "Is it?", "messages": [*ASKED, A("Yes.")], **talk(*ASKED)}, ASKED),  # UltraFeedback
+    ({"prompt": "Hi", **talk(*LONGER)}, LONGER),  # the same, two turns
+    ({"prompt": ASKED, **talk(*ASKED)}, ASKED),
+    (talk(S(""), *ASKED), ASKED),
+    ({"system": " ", "question": "Is it?", **TEXTS}, ASKED),
     (
+        {**ROW, "question": "Is it?", "context": "it"},
         ASKED,
-        [
-            {"prompt": ASKED, **talk()},
-            {"prompt": ASKED, "chosen": A("Yes."), "rejected": "No."},
-            {"prompt": [U([{"type": "text", "text": "Is it?"}])], **TEXTS},
-            {"prompt": "Is it?", "messages": [*ASKED, A("Yes.")], **talk(*ASKED)},  # UltraFeedback
-            {"prompt": ASKED, **talk(*ASKED)},
-            talk(S(""), *ASKED),
-            {"system": " ", "question": "Is it?", **TEXTS},
-            {**ROW, "question": "Is it?", "context": "it"},  # nothing that the prompt does not hold
-            {
-                **ROW,
-                "question": None,
-                "system": float("nan"),
-                "input": "",
-                "images": [],
-                "query": "",
-            },
-            {**ROW, "keywords": "a, b", "label": True},
-            hh("Human: Is it?\nAssistant: "),
-        ],
-    ),
-    (
-        LONGER,
-        [
-            {"prompt": LONGER, **TEXTS},
-            talk(*LONGER),
-            {"prompt": "Hi", **talk(*LONGER)},  # UltraFeedback, two turns
-            {"instruction": "Is it?", "history": [["Hi", "Hello"]], **TEXTS},
-            *(hh(text) for text in (HH, HH + " ", HH.lstrip(), HH.replace("\n", "\r\n") + " ")),
-            *({"prompt": text, **TEXTS} for text in (HH, HH + " ", HH.removesuffix("Assistant:"))),
-            {"prompt": HH, "chosen": " Yes.\n", "rejected": " No."},
-            {"prompt": HH, **hh(HH + " ")},
-        ],
-    ),
-    (
-        [S("s"), *ASKED],
-        [
-            {"prompt": [S("s"), *ASKED], **talk()},
-            {"prompt": [S("s"), *ASKED], **talk(*ASKED)},
-            {"prompt": [S("s")], **talk(*ASKED)},
-            {"system": "s", "question": "Is it?", **TEXTS},  # Orca
-            {"system": "s", **talk(S("s"), *ASKED)},
-            {"system": "s", **talk(*ASKED)},
-            {"system": "s", **hh("Human: Is it?\n\nAssistant:")},
-        ],
-    ),
+    ),  # nothing that the prompt does not hold
+    ({**ROW, **BLANK, "keywords": "a, b", "label": True}, ASKED),
+    ({"prompt": LONGER, **TEXTS}, LONGER),
+    (talk(*LONGER), LONGER),
+    ({"instruction": "Is it?", "history": [["Hi", "Hello"]], **TEXTS}, LONGER),
+    ({"prompt": CALLED, **TEXTS}, CALLED),
+    *[(hh(text), LONGER) for text in (HH, HH + " ", HH.lstrip(), HH.replace("\n", "\r\n") + " ")],
+    *[({"prompt": text, **TEXTS}, LONGER) for text in (HH, HH.removesuffix("Assistant:"))],
+    ({"prompt": HH + " ", "chosen": " Yes.\n", "rejected": " No."}, LONGER),
+    ({"prompt": HH, **hh(HH + " ")}, LONGER),
+    (hh("Human: Is it?\nAssistant: "), ASKED),
+    ({"prompt": [S("s"), *ASKED], **talk()}, [S("s"), *ASKED]),
+    ({"prompt": [S("s"), *ASKED], **talk(*ASKED)}, [S("s"), *ASKED]),
+    ({"prompt": [S("s")], **talk(*ASKED)}, [S("s"), *ASKED]),
+    ({"system": "s", "question": "Is it?", **TEXTS}, [S("s"), *ASKED]),  # Orca
+    ({"system": "s", **talk(S("s"), *ASKED)}, [S("s"), *ASKED]),
+    ({"system": "s", **talk(*ASKED)}, [S("s"), *ASKED]),
+    ({"system": "s", **hh("Human: Is it?\n\nAssistant:")}, [S("s"), *ASKED]),
 ]
-CASES = [(row, prompt) for prompt, rows in FORMATS for row in rows]
 
 
-@pytest.mark.parametrize("row, prompt", CASES, ids=[str(row)[:70] for row, _ in CASES])
+@pytest.mark.parametrize("row, prompt", FORMATS, ids=[str(row)[:70] for row, _ in FORMATS])
 def test_format_gives_exactly_its_texts(row, prompt, tmp_path):
     assert read(tmp_path / "p.jsonl", jsonl(row)) == [(prompt, "Yes.", "No.")]
 
@@ -802,34 +758,33 @@ def test_calls_thoughts_tools_spans_answers_and_places_come_along(tmp_path):
     first = {"prompt": ASKED, "chosen": [call], "rejected": "No.", "tools": json.dumps(tools)}
     second = {**ROW, "chosen_errors": [[0, 1], [2, 4]], "answers": "Yes.", "tools": tools}
     path = tmp_path / "p.jsonl"
-    path.write_bytes(b"\n" + jsonl(first, second))
-    first, second = treg.load_pairs(path)
+    path.write_bytes(b"\n" + jsonl(first, second, {**ROW, "answers": '["a", "b"]'}))
+    first, second, third = treg.load_pairs(path)
     assert first.chosen.message == call and first.tools == second.tools == tools
-    assert second.chosen.errors == [[0, 1], [2, 4]] and second.answers == ["Yes."]
+    assert second.chosen.errors == [[0, 1], [2, 4]]
+    assert (second.answers, third.answers) == (["Yes."], ["a", "b"])
     assert [first.where, second.where] == [f"{path}:2", f"{path}:3"]
 
 
-# ----------------------------------------------------------------------------- data: kinds of files
-# Guards the way from bytes to rows: no kind of file changes a text or hides a row.
 GOOD = [
     {"prompt": f"Is {n} “a”?", "chosen": f"{n}, \\ 🙂", "rejected": f'N\n"{n}"'} for n in range(4)
 ]
-RIGHT = [([U(row["prompt"])], row["chosen"], row["rejected"]) for row in GOOD]
 TABLE = csv_of(*GOOD)
 FILES = [("p.jsonl", jsonl(*GOOD)), ("p.json", json.dumps(GOOD).encode()), ("p.csv", TABLE)]
-FILES += [("p.json", jsonl(*GOOD)), ("p.parquet", parquet(*GOOD))]
+FILES += [("p.json", jsonl(*GOOD)), ("p[1].parquet", parquet(*GOOD))]
 
 
 @pytest.mark.parametrize("name, content", FILES, ids=["jsonl", "json", "csv", "lines", "parquet"])
 def test_gzip_byte_order_mark_crlf_and_blank_lines_change_nothing(name, content, tmp_path):
     path = tmp_path / name
-    assert read(path, content) == RIGHT
-    if name != "p.parquet":
-        assert read(path, codecs.BOM_UTF8 + content) == RIGHT, "byte-order mark"
-        assert read(path, b"\n \r\n" + content + b"\n\n") == RIGHT, "blank lines"
-    if name.startswith("p.json"):  # within a csv cell it would be another text
-        assert read(path, content.replace(b"\n", b"\r\n")) == RIGHT, "CRLF"
-    assert read(tmp_path / f"{name}.gz", gzip.compress(content)) == RIGHT
+    right = [([U(row["prompt"])], row["chosen"], row["rejected"]) for row in GOOD]
+    assert read(path, content) == right
+    if "parquet" not in name:
+        assert read(path, codecs.BOM_UTF8 + content) == right, "byte-order mark"
+        assert read(path, b"\n \r\n" + content + b"\n\n") == right, "blank lines"
+    if "json" in name:  # within a csv cell it would be another text
+        assert read(path, content.replace(b"\n", b"\r\n")) == right, "CRLF"
+    assert read(tmp_path / f"{name}.gz", gzip.compress(content)) == right
 
 
 def test_csv_cell_stays_the_text_that_it_is(tmp_path):
@@ -839,264 +794,158 @@ def test_csv_cell_stays_the_text_that_it_is(tmp_path):
     assert read(path, b"prompt,chosen,rejected,,\nnull,NA,007,,\n") == right
 
 
-LISTS = [
-    talk(*ASKED),
-    talk({"id": 1, **ASKED[0]}),
-    {"chosen": A("Yes."), "rejected": A("No.")},
-]
-
-
-@pytest.mark.parametrize("write", [str, json.dumps], ids=["Python", "JSON"])
-@pytest.mark.parametrize("row", LISTS, ids=str)
-def test_messages_that_csv_turned_into_text_are_refused_and_answers_as_json_are_read(
-    row, write, tmp_path
-):
-    texts = {name: write(value) for name, value in row.items()}
-    (tmp_path / "p.csv").write_bytes(csv_of({"prompt": "Is it?", **texts}))
-    with pytest.raises(treg.UserError, match="chosen is a list turned into text"):
-        treg.load_pairs(tmp_path / "p.csv")
-    (tmp_path / "p.csv").write_bytes(csv_of({**ROW, "answers": '["a", "b"]'}))
-    (pair,) = treg.load_pairs(tmp_path / "p.csv")
-    assert pair.answers == ["a", "b"]
-
-
-def test_parquet_is_read_as_it_is_now_and_by_its_own_name(tmp_path):
-    path = tmp_path / "p[1].parquet"
-    (tmp_path / "p1.parquet").write_bytes(parquet({**ROW, "prompt": "of another file"}))
-    for prompt in ("old", "new"):
-        rows = read(path, parquet({**ROW, "prompt": prompt}))
-        assert rows == [([U(prompt)], "Yes.", "No.")]
-
-
-def test_hub_data_set_keeps_its_splits(monkeypatch):
+def test_data_that_is_no_file_is_asked_of_the_hub(monkeypatch):
     hub = {"train": [ROW], "test": [ROW] * 2}
-    monkeypatch.setattr(treg.datasets, "load_dataset", lambda _: hub)
+    monkeypatch.setattr(treg.datasets, "load_dataset", lambda name: hub)
     splits = treg.load_splits("some/data")
     assert {name: len(pairs) for name, pairs in splits.items()} == {"train": 1, "test": 2}
     assert splits["test"][1].where == "some/data:test row 2"
+    del hub["train"]
+    with pytest.raises(treg.UserError, match="--data some/data: no split train, only test"):
+        treg.load_pairs("some/data")
+    monkeypatch.setattr(treg.datasets, "load_dataset", lambda name: json.loads("off\nline"))
+    with pytest.raises(treg.UserError, match="--data some/data: no such file.*Expecting value"):
+        treg.load_pairs("some/data")
 
 
-# -------------------------------------------------------------------- data: nothing lost in silence
-# Guards against rows that vanish: what is left out is counted, and all bad rows are found at once.
 def test_rows_that_are_left_out_are_counted(tmp_path, capsys):
     bare = [{**ROW, "chosen": ""}, {**ROW, "rejected": " \n"}]
     bare.append({"prompt": ASKED, "chosen": [A(" ")], "rejected": [A("No.")]})
     splits = ["train", None, "", "Train", "dev", "dev"]
-    (tmp_path / "p.jsonl").write_bytes(
-        jsonl(*({**ROW, "split": split} for split in splits), *bare, {**ROW, "chosen": "No."})
-    )
+    rows = [{**ROW, "split": split} for split in splits] + bare + [{**ROW, "chosen": "No."}]
+    (tmp_path / "p.jsonl").write_bytes(jsonl(*rows))
     pairs = treg.load_pairs(tmp_path / "p.jsonl")
+    assert len(pairs) == 7 and len(treg.encode(tokenizer_of(), pairs)) == 3
     said = capsys.readouterr().out
-    assert len(pairs) == 7
-    _, tokenizer = treg.make_tiny(pairs[:1], 0, steps=1)
-    capsys.readouterr()
-    assert len(treg.encode(tokenizer, pairs)) == 3
-    counted = capsys.readouterr().out
-    assert "3 pairs dropped: a blank response" in counted
-    assert "1 pairs dropped: chosen and rejected are the same" in counted
+    assert "3 pairs dropped: a blank response" in said
+    assert "1 pairs dropped: chosen and rejected are the same" in said
     assert "1 rows of split Train" in said and "2 rows of split dev" in said
 
 
-def test_command_line_counts_the_rows_of_splits_that_it_does_not_use(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(treg, "load_model", lambda *_: treg.need(False, "far enough"))
-    splits = ["train"] * 9 + ["Train", "validation"]
-    path = tmp_path / "p.jsonl"
-    path.write_bytes(jsonl(*({**ROW, "split": split} for split in splits)))
-    treg.main(["--model", "m", "--data", str(path), "--out", str(tmp_path / "o")])
-    said = capsys.readouterr().out
-    assert "1 rows of split Train" in said
-    assert "1 rows of split validation" in said
-
-
-def test_all_bad_rows_are_found_in_one_reading(tmp_path):
-    bad = [{**ROW, "chosen": n} for n in range(3)] + [TEXTS] * 3
-    with pytest.raises(treg.UserError) as error:
-        read(tmp_path / "p.jsonl", b"{\n" + jsonl(ROW, *bad))
-    assert re.findall(r"p\.jsonl:(\d+): ", str(error.value)) == list("13456")
-    assert "7 rows in all" in str(error.value)
-
-
-# --------------------------------------------------------------- data: mistakes that need no model
-# Guards the user's time: one line says where the mistake is, before a model is loaded.
-MISTAKES = [  # a file's name and content, more arguments, what the error says after the name
-    ("p.txt", b"x", "", r": unknown ending.*\.jsonl"),
-    ("p.jsonl", b"\n \r\n\t\n", "", ": holds no rows"),
-    ("p.jsonl", jsonl(ROW).decode().encode("utf-16"), "", ":[12]: .*not UTF-8"),
-    ("p.jsonl", jsonl(ROW) + b'{"prompt": "caf\xe9"}', "", ":2: .*not UTF-8"),
-    ("p.jsonl", jsonl(ROW, ROW)[:-9], "", ":2: not valid JSON"),
-    ("p.jsonl", b"[" * 100_000, "", ":1: not valid JSON"),
-    ("p.jsonl", b'{"chosen": "a", "chosen": "b"}', "", ":1: .*chosen stands twice"),
-    ("p.jsonl", b"[1]\n", "", ":1: a row is an object"),
-    ("p.jsonl", jsonl(ROW, talk(*ASKED)), "", ":2: has no prompt column"),
-    ("p.jsonl", jsonl(ROW), "--split=dev", " has no such split"),
-    ("p.jsonl", jsonl(ROW), "--holdout=1", ": --holdout 1 .*no pair to train"),
-    ("p.json", b"", "", ": not valid json"),
-    ("p.json", b'{"data": []}', "", ":1: chosen is missing.*found nothing"),
-    ("p.json", b'[{"a": 1},\n{"a" 2}\n]', "", ": not valid json.*line 2"),
-    ("p.json", b'[{"prompt": "a"}, 7]', "", ":row 1: .*:row 2: a row is an object"),
-    ("p.json", jsonl(ROW) + b'{"a" 2}', "", ":2: not valid JSON"),
-    ("p.csv", b"prompt,chosen,rejected\n", "", ": holds no rows"),
-    ("p.csv", b"prompt;chosen;rejected\na;b;c", "", ":row 1: .*found prompt;"),
-    ("p.csv", b"a,%s,c\nd,e,f" % (b"b " * 999), "", ":row 1: chosen is .{,200}$"),
-    ("p.csv", b'prompt,"a\nb"\nc,d', "", ":row 1: chosen is "),
-    ("p.csv", b"chosen,prompt,chosen\na,b,c", "", ": .*column chosen twice"),
-    ("p.csv", TABLE + b"p,yes, sir,no", "", ":row 5: more cells than columns"),
-    ("p.csv", TABLE + b"p,yes", "", ":row 5: rejected is missing"),
-    ("p.csv", TABLE + b'p,"yes,no\n', "", ":row 5: .*mend its quotes"),
-    ("p.csv", TABLE + b"p,caf\xe9,no", "", ":row 5: .*UTF-8"),
-    ("p.jsonl.gz", jsonl(ROW), "", ": not valid jsonl"),
-    ("p.csv.gz", gzip.compress(TABLE)[:-8] + b"1" * 8, "", ": not valid csv"),
-    ("p.parquet", parquet(ROW)[:-9], "", ": not valid parquet"),
+WRONG_ROWS = [{**ROW, "chosen": n} for n in range(3)] + [TEXTS] * 3
+MISTAKES = [  # a file's name and content, what the error says after the name
+    ("p.txt", b"x", r": unknown ending.*\.jsonl"),
+    ("p.jsonl", b"\n \r\n\t\n", ": holds no rows"),
+    ("p.jsonl", jsonl(ROW).decode().encode("utf-16"), ":[12]: .*not UTF-8"),
+    ("p.jsonl", jsonl(ROW) + b'{"prompt": "caf\xe9"}', ":2: .*not UTF-8"),
+    ("p.jsonl", b"[" * 100_000, ":1: not valid JSON"),
+    ("p.jsonl", b'{"chosen": "a", "chosen": "b"}', ":1: .*chosen stands twice"),
+    ("p.jsonl", jsonl(ROW, talk(*ASKED)), ":2: has no prompt column"),
+    (
+        "p.jsonl",
+        b"{\n" + jsonl(ROW, *WRONG_ROWS),
+        r":1: .*:3: .*:4: .*:5: .*:6: (?!.*:\d).*7 rows in all",
+    ),
+    ("p.json", b"", ": not valid json"),
+    ("p.json", b'{"data": []}', ":1: chosen is missing.*found nothing"),
+    ("p.json", b'[{"a": 1},\n{"a" 2}\n]', ": not valid json.*line 2"),
+    ("p.json", b'[{"a": 1, "a": 2}]', ": not valid json.*a stands twice"),
+    ("p.json", b'[{"prompt": "a"}, 7]', ":row 1: .*:row 2: a row is an object"),
+    ("p.json", jsonl(ROW) + b'{"a" 2}', ":2: not valid JSON"),
+    ("p.csv", b"prompt,chosen,rejected\n", ": holds no rows"),
+    ("p.csv", b"prompt;chosen;rejected\na;b;c", ":row 1: .*found prompt;"),
+    ("p.csv", b"a,%s,c\nd,e,f" % (b"b " * 999), ":row 1: chosen is .{,200}$"),
+    ("p.csv", b'prompt,"a\nb"\nc,d', ":row 1: chosen is "),
+    ("p.csv", b"chosen,prompt,chosen\na,b,c", ": .*column chosen twice"),
+    ("p.csv", TABLE + b"p,yes, sir,no", ":row 5: more cells than columns"),
+    ("p.csv", TABLE + b"p,yes", ":row 5: rejected is missing"),
+    ("p.csv", TABLE + b'p,"yes,no\n', ":row 5: .*mend its quotes"),
+    ("p.csv", TABLE + b"p,caf\xe9,no", ":row 5: .*UTF-8"),
+    ("p.jsonl.gz", jsonl(ROW), ": not valid jsonl"),
+    ("p.csv.gz", gzip.compress(TABLE)[:-8] + b"1" * 8, ": not valid csv"),
+    ("p.parquet", parquet(ROW)[:-9], ": not valid parquet"),
 ]
+for write in str, json.dumps:  # messages that csv has turned into text
+    for messages in [*ASKED, A("Yes.")], [{"id": 1, **A("Yes.")}], A("Yes."):
+        row = {**ROW, "chosen": write(messages)}
+        MISTAKES.append(("p.csv", csv_of(row), ":row 1: chosen is a list turned into text"))
 SHARE = {side: {"from": "gpt", "value": text} for side, text in TEXTS.items()}
 NONE = dict.fromkeys(ROW)  # takes the columns out
-HISTORY = {"history": [["a", "b"]]}
+UNPAIRED = {"chosen": None, "rejected": None}
 NUMPY = "[{'role': 'user', 'content': 'x'}\n {'role': 'assistant', 'content': 'y'}]"
-CHANGES = {  # how the error goes on after file and line: what is changed in ROW
-    "chosen is missing.*found prompt, rejected": [{"chosen": None}],
-    "chosen is missing.*found conversations": [{**NONE, "conversations": [SHARE["chosen"]]}],
-    "chosen is missing.*found prompt, (completion|responses)": [  # unpaired, as in KTO, and ranked
-        {**dict.fromkeys(TEXTS), "completion": "c"},
-        {**dict.fromkeys(TEXTS), "responses": ["c", "d"]},
-    ],
-    "chosen.*from": [{**SHARE, "conversations": []}],
-    "chosen must be text": [{"chosen": 4}, {"chosen": True}],
-    ".*no character": [{"chosen": "\ud800"}, {"chosen": A("a", reasoning_content="\ud800")}],
-    "chosen: .*role": [{"chosen": [{"content": "x"}]}, {"chosen": [message("bot", "x")]}],
-    "chosen: .*a message": [{"chosen": ["x"]}],
-    ".*content must": [{"chosen": A(3)}, {"chosen": A(0)}, {"prompt": [A(False), *ASKED]}],
-    "prompt: holds more than text": [{"prompt": [U([{"type": "image"}])]}],
-    "chosen: function_call": [{"chosen": A("x", function_call={"name": "f"})}],
-    "chosen must end": [{"chosen": ASKED}],
-    "chosen and rejected must be the same up to": [
+OTHER = {"chosen": HH + " x", "rejected": HH.replace("Hello", "Hey") + " y"}
+SPANS = [[2, 2]], [[0, 9]], [[-1, 2]], [[0, 1.0]], [[False, 1]], [[1]], [0], 5, "0"
+FUNCTIONS = 5, ["f"], [{"function": "f"}], [{"function": {"name": None}}], [{"function": {}}]
+CHANGES = [  # what is changed in ROW, how the error goes on after file and line
+    ({"chosen": None}, "chosen is missing.*found prompt, rejected"),
+    ({**NONE, "conversations": [SHARE["chosen"]]}, "chosen is missing.*found conversations"),
+    ({**UNPAIRED, "completion": "c"}, "chosen is missing.*found prompt, completion"),  # KTO
+    ({**UNPAIRED, "responses": ["c", "d"]}, "chosen is missing.*found prompt, responses"),
+    ({**SHARE, "conversations": []}, "chosen.*from"),
+    ({"chosen": 4}, "chosen must be text"),
+    ({"chosen": "\ud800"}, "chosen holds what is no character"),
+    ({"chosen": A("a", reasoning_content="\ud800")}, "chosen holds what is no character"),
+    ({"chosen": [{"content": "x"}]}, "chosen: .*role"),
+    ({"chosen": [message("bot", "x")]}, "chosen: .*role"),
+    ({"chosen": ["x"]}, "chosen: a message"),
+    ({"chosen": A(0)}, "chosen: content must"),
+    ({"prompt": [A(False), *ASKED]}, "prompt: content must"),
+    ({"prompt": [U([{"type": "image"}])]}, "prompt: holds more than text"),
+    ({"chosen": A("x", function_call={"name": "f"})}, "chosen: function_call"),
+    ({"chosen": ASKED}, "chosen must end"),
+    (
         {**NONE, "chosen": [*LONGER, A("x")], "rejected": [*ASKED, A("y")]},
-        {**NONE, "chosen": HH + " x", "rejected": HH.replace("Hello", "Hey") + " y"},
-    ],
-    "(chosen|a response).*(turn|blank)": [
-        {"prompt": HH, "chosen": " x\n\nHuman: And?\n\nAssistant: y"},
-        {**NONE, **hh("\n\nHuman:\n\nAssistant: ")},
-    ],
-    "chosen is a list turned into text": [
-        {"chosen": NUMPY},
-        {"chosen": '[{"role": "x", "content": ' + "[" * 100_000},
-    ],
-    "has no prompt.*found": [
-        *({**NONE, **TEXTS, name: "Is it?"} for name in ("query", "problem", "id")),
-        {**NONE, **TEXTS, "messages": ASKED},
-    ],
-    ".*prompt": [{"prompt": ""}, {"prompt": " "}, {"prompt": [S("s")]}],
-    "prompt must": [{"prompt": 0}, {**talk(*ASKED), "prompt": 4}, {"prompt": LONGER[:2]}],
-    "prompt ends like": [{"prompt": "### Response:\n"}, {"prompt": "USER: Hi ASSISTANT:"}],
-    "prompt and the messages before the last say": [
-        {**talk(*ASKED), "prompt": "Is"},
+        "chosen and .* the same up",
+    ),
+    ({**NONE, **OTHER}, "chosen and rejected must be the same up"),
+    ({"prompt": HH, "chosen": " x\n\nHuman: And?\n\nAssistant: y"}, "a response holds turns"),
+    ({**NONE, **hh("\n\nHuman:\n\nAssistant: ")}, "chosen: .* blank"),
+    ({"chosen": NUMPY}, "chosen is a list turned into text"),
+    ({"chosen": '[{"role": "x", "content": ' + "[" * 100_000}, "chosen is a list turned into text"),
+    ({**NONE, **TEXTS, "query": "Is it?"}, "has no prompt.*found"),
+    ({**NONE, **TEXTS, "messages": ASKED}, "has no prompt.*found"),
+    ({"prompt": " "}, "has no prompt"),
+    ({"prompt": [S("s")]}, "has no prompt"),
+    ({"prompt": 0}, "prompt must"),
+    ({**talk(*ASKED), "prompt": 4}, "prompt must"),
+    ({"prompt": LONGER[:2]}, "prompt must end"),
+    ({"prompt": "### Response:\n"}, "prompt ends like"),
+    ({"prompt": "USER: Hi ASSISTANT:"}, "prompt ends like"),
+    ({**talk(*ASKED), "prompt": "Is"}, "prompt and the messages before the last say"),
+    (
         {**talk(*LONGER), "prompt": [U("Hm"), *LONGER[1:]]},
-        {**NONE, **talk(*ASKED), **HISTORY},
-    ],
-    "has two system messages": [{"prompt": [S("s"), *ASKED], "system": "t"}],
-    "prompt and question say different": [{"question": "Was it?"}],
-    ".*input": [
-        {"input": "1, 2"},
-        {**NONE, **TEXTS, "input": "Is it?", "system": "s"},
-        {**NONE, **talk(*ASKED), "input": "1"},
-        {**NONE, **TEXTS, "instruction": "Add.", "input": 5},
-    ],
-    "history": [{"history": LONGER[:2]}, {"history": 5}],
-    "system must be text": [{"system": 5}],
-    "the column (context|images|chat_template_kwargs|messages) would not be seen": [
-        {"context": "It is."},
-        {"images": ["a.png"]},
-        {"chat_template_kwargs": {"enable_thinking": False}},
-        {"messages": [S("Be brief."), *ASKED]},
-    ],
-    "tools must": [{"tools": 5}, {"tools": ["f"]}, {"tools": [{"function": "f"}]}],
-    "answers must be a list of texts": [{"answers": [4]}],
-    "chosen_errors would shift": [{**NONE, **hh(HH), "chosen_errors": [[0, 1]]}],
-    "chosen_errors must be a list": [
-        {"chosen_errors": errors}
-        for errors in ([[2, 2]], [[0, 9]], [[-1, 2]], [[0, 1.0]], [[False, 1]], [[1]], [0], 5, "0")
-    ],
-}
-for says, changes in CHANGES.items():
-    rows = [json.dumps({**ROW, **change}).encode() for change in changes]
-    MISTAKES += [("p.jsonl", jsonl(ROW) + row, "", f":2: {says}") for row in rows]
+        "prompt and the messages before the last say",
+    ),
+    (
+        {**NONE, **talk(*ASKED), "history": [["a", "b"]]},
+        "prompt and the messages before the last say",
+    ),
+    ({"prompt": [S("s"), *ASKED], "system": "t"}, "has two system messages"),
+    ({"question": "Was it?"}, "prompt and question say different"),
+    ({"input": "1, 2"}, "the column input"),
+    ({**NONE, **TEXTS, "input": "Is it?", "system": "s"}, "the column input"),
+    ({**NONE, **talk(*ASKED), "input": "1"}, "the column input"),
+    ({**NONE, **TEXTS, "instruction": "Add.", "input": 5}, "input must be text"),
+    ({"history": LONGER[:2]}, "history"),
+    ({"history": 5}, "history"),
+    ({"system": 5}, "system must be text"),
+    ({"context": "It is."}, "the column context would not be seen"),
+    ({"images": ["a.png"]}, "the column images would not be seen"),
+    ({"chat_template_kwargs": {"thinking": False}}, "the column chat_template_kwargs would not be"),
+    ({"messages": [S("Be brief."), *ASKED]}, "the column messages would not be seen"),
+    *[({"tools": tools}, "tools must") for tools in FUNCTIONS],
+    ({"answers": [4]}, "answers must be a list of texts"),
+    ({**NONE, **hh(HH), "chosen_errors": [[0, 1]]}, "chosen_errors would shift"),
+    *[({"chosen_errors": spans}, "chosen_errors must be a list") for spans in SPANS],
+]
+for change, says in CHANGES:
+    row = json.dumps({**ROW, **change}).encode()
+    MISTAKES.append(("p.jsonl", jsonl(ROW) + row, f":2: {says}"))
+IDS = [f"{name}{says}" for name, _, says in MISTAKES]
 
 
-IDS = [f"{name}{says}" for name, _, _, says in MISTAKES]
+@pytest.mark.parametrize("name, content, says", MISTAKES, ids=IDS)
+def test_mistake_in_the_data_is_named_with_its_place(name, content, says, tmp_path):
+    with pytest.raises(treg.UserError) as error:
+        read(tmp_path / name, content)
+    assert re.match(re.escape(str(tmp_path / name)) + says, str(error.value))
+    assert "\n" not in str(error.value), "more than one line"
 
 
-@pytest.mark.parametrize("name, content, more, says", MISTAKES, ids=IDS)
-def test_mistake_is_named_before_a_model_is_loaded(
-    name, content, more, says, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(treg, "load_model", lambda *_: pytest.fail("a model was loaded first"))
-    path = tmp_path / name
-    path.write_bytes(content)
-    argv = ["--model", "m", "--data", str(path), "--out", str(tmp_path / "o"), *more.split()]
-    assert treg.main(argv) == 2
-    error = capsys.readouterr().err.strip()
-    assert re.match(f"treg.py: error: (--split dev: )?{re.escape(str(path))}{says}", error), error
-    assert "\n" not in error, "more than one line"
-
-
-OFFLINE = ConnectionError("off\nline")
-PREFS = {"train_prefs": [ROW]}
-
-
-@pytest.mark.parametrize("hub, says", [(OFFLINE, "no such file.*off line"), (PREFS, "train_prefs")])
-def test_data_that_is_no_file_is_asked_of_the_hub(hub, says, monkeypatch):
-    def load(_):
-        if hub is OFFLINE:
-            raise hub
-        return hub
-
-    monkeypatch.setattr(treg.datasets, "load_dataset", load)
-    with pytest.raises(treg.UserError, match=f"--data some/data: .*{says}"):
-        treg.load_pairs("some/data")
-
-
-# ------------------------------------------------------------------------------ data: damaged files
-# Guards against what no table thinks of: a damaged file gives its own texts or a UserError.
-PIECES = [b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b"\0", b"\xff", b"\xc3"]
-PIECES += [codecs.BOM_UTF8, b"\\ud83d", b"null", b"NaN", b"0", b"\xed\xa0\x80", b""]
-
-
-def damaged(data, rng):
-    """The data with one to four of its places overwritten, taken out, doubled or added to."""
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        at, length = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 8, 40))
-        new = rng.choice((rng.randbytes(1), rng.choice(PIECES), data[at : at + length]))
-        data = data[:at] + new + data[at + rng.choice((0, length)) :]
-    return data
-
-
-def rows_in(name, data):
-    text = data.decode("utf-8-sig", "surrogateescape")
-    if name == "p.csv":
-        return list(csv.DictReader(io.StringIO(text.lstrip(), newline="")))
-    if name == "p.json" and text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip("\ufeff \t\r")]
-
-
-@pytest.mark.parametrize("name, content", FILES[:3], ids=["jsonl", "json", "csv"])
-def test_damaged_bytes_give_the_texts_in_the_file_or_a_user_error(name, content, tmp_path, capsys):
-    rng, path, refused = random.Random(name), tmp_path / name, 0
-    for _ in range(200):
-        data = damaged(content, rng)
-        try:
-            found = [pair[1:] for pair in read(path, data)]
-        except treg.UserError as error:
-            assert "\n" not in str(error), data
-            refused += 1
-        else:
-            held = [(row["chosen"], row["rejected"]) for row in rows_in(name, data)]
-            assert found == [both for both in held if all(map(str.strip, both))], data
-    assert 5 < refused < 195, f"a blunt test: {refused} of 200 refused"
-
-
-# ------------------------------------------------------------------- real tokenizers and templates
-# Guards the fixtures: structures of real tokenizers (of a few hundred tokens, learned here) and of
-# real chat templates. What a model's own template writes is what its answers must be trained on.
+# ---------------------------------------------------------------------- 5 templates and tokens
+# Guards the ids: a prompt is all that the model's own template writes before the words, a response
+# is what the model itself would write, no text is lost and none is added. By the structures of real
+# chat templates and of real tokenizers (of a few hundred tokens, learned here).
 
 ALL, ENDFOR = "{% for m in messages %}", "{% endfor %}"
 USERS = "{% if m['role'] == 'user' %}"
@@ -1145,8 +994,6 @@ TEMPLATES = {
     "SmolVLM": "<|im_start|>" + ALL + "{{ m['role'] | capitalize }}: {% for p in m['content'] %}"
     "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}" + ENDFOR + "<|end|>\n" + ENDFOR + OPEN
     + "Assistant:{% endif %}",
-    "Zephyr": ALL + "<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n" + ENDFOR + OPEN
-    + "<|assistant|>\n{% endif %}",
 }  # fmt: skip
 SPECIAL = (
     "<unk> <s> </s> <|im_start|> <|im_end|> <|start|> <|channel|> <|message|> <|end|> <|call|>"
@@ -1155,72 +1002,56 @@ SPECIAL += " <|return|> <｜User｜> <｜Assistant｜> <|start_header_id|> <|end
 SPECIAL = [*SPECIAL.split(), "<start_of_turn>", "<end_of_turn>"]
 TEXT = ["Name a bird. A crow. A bat is a bird. The user asks: 1, 22, 333. Give an answer! ünïcode"]
 TEXT += ["Be kind.\n\nassistant\nthe cat sat", "<think>\nCrows fly.\n</think>\n\nA crow."]
+TOKENIZERS = ["byte-level BPE", "SentencePiece BPE"]
 
 
 @functools.cache
 def trained(kind):
     """A tokenizer of the kind, as `tokenizers` has it."""
     options = {"special_tokens": SPECIAL, "show_progress": False}
-    if kind.startswith("byte-level"):  # GPT-2, SmolLM2, Qwen, Llama 3
+    if kind == "byte-level BPE":  # GPT-2, SmolLM2, Qwen, Llama 3
         raw = Tokenizer(models.BPE())
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         raw.decoder = decoders.ByteLevel()
         options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=400, **options)
-    elif kind.startswith("SentencePiece"):  # Llama 2, Mistral, TinyLlama, Phi-3; without it: Gemma
+        texts = TEXT
+    else:  # with a space before every text: Llama 2, Mistral, TinyLlama, Phi-3
         raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-        spaces = [normalizers.Replace(" ", "▁")]
-        prefix = "with" in kind
-        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + spaces)
+        raw.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        raw.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+        raw.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
         options["special_tokens"] = SPECIAL + [f"<0x{i:02X}>" for i in range(256)]
-        trainer = trainers.BpeTrainer(vocab_size=450, **options)
-        words = [f"▁{word}" for text in TEXT for word in text.split()]  # no piece holds a newline
-        raw.train_from_iterator(words * 3, trainer)
-        return raw
-    elif kind.startswith("Unigram"):  # XGLM, T5
-        raw = Tokenizer(models.Unigram())
-        raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        options["initial_alphabet"] = sorted({*"".join(TEXT), "☃", "\t"})
-        trainer = trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", **options)
-    else:  # BERT's, as Chinese GPT-2 models have it
-        raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
-        raw.normalizer = normalizers.BertNormalizer(lowercase=True)
-        raw.pre_tokenizer, raw.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=300, **options)
-    raw.train_from_iterator(TEXT * 3, trainer)
+        texts = [f"▁{word}" for text in TEXT for word in text.split()]  # no piece holds a newline
+    raw.train_from_iterator(texts * 3, trainers.BpeTrainer(vocab_size=450, **options))
     return raw
 
 
-KINDS = ["byte-level BPE", "SentencePiece BPE with a prefix space", "SentencePiece BPE, no prefix"]
-KINDS += ["Unigram", "WordPiece"]
-
-
-def tokenizer_of(template=CHATML, kind=KINDS[0], eos="</s>", adds_bos=False):
+def tokenizer_of(template=CHATML, kind=TOKENIZERS[0], adds_bos=False):
     raw = Tokenizer.from_str(trained(kind).to_str())
     if adds_bos:
         raw.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    names = {"bos_token": "<s>", "eos_token": eos, "unk_token": "<unk>", "pad_token": eos}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **names)
     made.chat_template = TEMPLATES.get(template, template)
     return made
 
 
-USER = {"role": "user", "content": "Name a bird."}
-SYSTEM = {"role": "system", "content": "Be kind."}
-TALK = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
+ASK_BIRD, KIND, TALK = U("Name a bird."), S("Be kind."), [U("Hi!"), A("Hello.")]
 THOUGHTS = "<think>\nCrows fly.\n</think>\n\nA crow."
-TOOL_CALL = [{"type": "function", "function": {"name": "look", "arguments": {"bird": "crow"}}}]
 
 
-def pair_of(chosen="A crow.", prompt=(USER,), rejected="A bat is a bird.", tools=None, **fields):
-    chosen = {"role": "assistant", "content": chosen, **fields}
-    rejected = treg.Response({"role": "assistant", "content": rejected})
-    return treg.Pair([*prompt], treg.Response(chosen), rejected, "x:1", tools)
+def pair_of(
+    chosen="A crow.", prompt=(ASK_BIRD,), rejected="A bat is a bird.", where="x:1", **fields
+):
+    tools = fields.pop("tools", None)
+    both = treg.Response(A(chosen, **fields)), treg.Response(A(rejected))
+    return treg.Pair([*prompt], *both, where, tools)
 
 
 def encoded(tokenizer, *args, style=None, errors=None, **fields):
+    """-> the chosen response of such a pair."""
     pair = pair_of(*args, **fields)
     pair.chosen.errors = errors
     return treg.encode(tokenizer, [pair], style)[0].chosen
@@ -1233,10 +1064,8 @@ def scored(template, *args, **fields):
     return tuple(tokenizer.decode(ids) for ids in (response.prompt_ids, response.ids))
 
 
-# ---------------------------------------------------------- 1 the model's own template decides
-# Guards the boundary between prompt and response: all that the template writes before the words is
-# prompt, what the model itself would write is response. Template: (after the user's words, what is
-# scored of a plain answer; the same of an answer with thoughts of its own, where it differs).
+# Template: (after the user's words, what is scored of a plain answer; the same of an answer with
+# thoughts of its own, where it differs).
 IM, R1 = "<|im_end|>\n<|im_start|>assistant\n", "<｜Assistant｜>"
 EMPTY, FINAL = "<think>\n\n</think>\n\n", "<|end|><|start|>assistant<|channel|>final<|message|>"
 TURNS = {
@@ -1251,7 +1080,6 @@ TURNS = {
     "Gemma": ("<end_of_turn>\n<start_of_turn>model\n", "A crow.<end_of_turn>"),
     "Phi-3, first": ("<|end|>\n<|assistant|>\n", "A crow.<|end|>"),
     "SmolVLM": ("<|end|>\nAssistant:", " A crow.<|end|>"),
-    "Zephyr": ("</s>\n<|assistant|>\n", "A crow.</s>"),
     None: ("\n\nAssistant:\n", "A crow.</s>"),
 }  # fmt: skip
 
@@ -1285,9 +1113,9 @@ ANALYSIS = "<|channel|>analysis<|message|>Crows fly." + FINAL
 FIELDS = {  # template, fields of the message, what is scored
     "Qwen3 reasoning": ("Qwen3", {"reasoning_content": "Crows fly."}, THOUGHTS + "<|im_end|>"),
     "gpt-oss thinking": ("gpt-oss", {"thinking": "Crows fly."}, ANALYSIS + "A crow.<|return|>"),
-    "Qwen3 call": ("Qwen3", {"chosen": "", "tool_calls": TOOL_CALL}, TOOL_CALLED),
-    "Qwen3 words and call": ("Qwen3", {"tool_calls": TOOL_CALL}, "A crow.\n" + TOOL_CALLED),
-    "gpt-oss call": ("gpt-oss", {"chosen": "", "tool_calls": TOOL_CALL}, COMMENTARY),
+    "Qwen3 call": ("Qwen3", {"chosen": "", "tool_calls": CALL}, TOOL_CALLED),
+    "Qwen3 words and call": ("Qwen3", {"tool_calls": CALL}, "A crow.\n" + TOOL_CALLED),
+    "gpt-oss call": ("gpt-oss", {"chosen": "", "tool_calls": CALL}, COMMENTARY),
 }
 
 
@@ -1296,18 +1124,21 @@ def test_thoughts_and_calls_are_written_by_the_template(template, fields, wanted
     assert scored(template, **fields)[1] == wanted
 
 
-# ------------------------------------------------------------------ 2 nothing of a row is lost
-# Guards against templates that leave texts out in silence: merged into the user's, or refused.
-
-
 @pytest.mark.parametrize("template", TURNS)
 def test_system_message_is_seen_whatever_the_template(template):
-    text = scored(template, prompt=[SYSTEM, *TALK, USER])[0]
+    text = scored(template, prompt=[KIND, *TALK, ASK_BIRD])[0]
     merged = {"Gemma": "<s><start_of_turn>user\n", "Phi-3, first": "<s><|user|>\n"}
     begins = merged.get(template, text.partition("Be kind.")[0])
     assert text.startswith(f"{begins}Be kind.") and text.count("Be kind.") == 1
-    assert all(text.count(m["content"]) == 1 for m in [*TALK, USER])
+    assert all(text.count(m["content"]) == 1 for m in [*TALK, ASK_BIRD])
     assert template not in merged or text.startswith(f"{begins}Be kind.\n\nHi!")
+
+
+@pytest.mark.parametrize("system", ["a bird", "crow"])  # words of the user's, of the response
+def test_lost_system_message_is_merged_into_the_users_though_its_words_stand_elsewhere(system):
+    for earlier in [], [A("Hello.")]:
+        prompt = scored("Phi-3, first", prompt=[S(system), *earlier, ASK_BIRD])[0]
+        assert prompt.endswith(f"<|user|>\n{system}\n\nName a bird.<|end|>\n<|assistant|>\n")
 
 
 ONLY_NAME = "{% for c in m['tool_calls'] %}{{ c['function']['name'] }}{% endfor %}"
@@ -1316,21 +1147,20 @@ CUT = CHATML.replace("m['content']", "m['content'][:9]")  # of a list of parts i
 SWALLOW = CHATML.replace("{{ m['c", "{{ '' if m['role'] == 'assistant' else m['c")
 BIRD = [{"type": "function", "function": {"name": "bird"}}]
 SEVEN = [{"function": {"name": "look", "arguments": {"n": 7}}}]
-SNOW, EARLIER = {"role": "user", "content": "Draw ☃."}, {**TALK[1], "content": THOUGHTS}
 LOSES = {  # template, the row, what the refusal names
     "thoughts": ("SmolLM2", {"reasoning_content": "Crows fly."}, "reasoning_content"),
-    "calls": ("SmolLM2", {"tool_calls": TOOL_CALL}, "tool_calls"),
-    "tools": ("SmolLM2", {"tools": TOOL_CALL}, "tool look"),
-    "earlier thoughts": ("Qwen3", {"prompt": [USER, EARLIER, USER]}, "content of the assistant"),
+    "calls": ("SmolLM2", {"tool_calls": CALL}, "tool_calls"),
+    "tools": ("SmolLM2", {"tools": CALL}, "tool look"),
+    "earlier thoughts": ("Qwen3", {"prompt": [*TALK, A(THOUGHTS), ASK_BIRD]}, "of the assistant"),
     "the response": (SWALLOW, {}, "response|assistant"),
-    "a second system message": ("Phi-3, first", {"prompt": [SYSTEM, SYSTEM, USER]}, "system"),
-    "a role order": ("Gemma", {"prompt": [USER, USER]}, "must alternate"),
-    "a call's arguments": (ONLY_NAME, {"tool_calls": TOOL_CALL}, "tool_calls"),
+    "the response, not a snowman": (SWALLOW, {"prompt": [U("Draw ☃.")]}, "response|assistant"),
+    "a second system message": ("Phi-3, first", {"prompt": [KIND, KIND, ASK_BIRD]}, "system"),
+    "a role order": ("Gemma", {"prompt": [ASK_BIRD, ASK_BIRD]}, "must alternate"),
+    "a call's arguments": (ONLY_NAME, {"tool_calls": CALL}, "tool_calls"),
     "a call's numbers": (ONLY_NAME, {"tool_calls": SEVEN}, "tool_calls"),
     "a function call": ("SmolLM2", {"function_call": {"name": "look"}}, "function_call"),
     "a tool named as a word": ("SmolLM2", {"tools": BIRD}, "tool"),
     "a text's end": (CUT, {}, "content of the user"),
-    "the response, not a snowman": (SWALLOW, {"prompt": [SNOW]}, "response|assistant"),
 }
 
 
@@ -1340,28 +1170,6 @@ def test_row_is_refused_where_the_template_would_lose(template, row, says):
         scored(template, **row)
 
 
-@pytest.mark.parametrize("system", ["a bird", "crow"])  # words of the user's, of the response
-def test_lost_system_message_is_noticed_though_its_words_stand_elsewhere(system):
-    prompt = scored("Phi-3, first", prompt=[{**SYSTEM, "content": system}, USER])[0]
-    assert prompt.startswith(f"<s><|user|>\n{system}\n\nName a bird.")
-
-
-def test_system_message_is_never_merged_into_the_assistants():
-    text = scored("Phi-3, first", prompt=[SYSTEM, TALK[1], USER])[0]
-    assert "Be kind.\n\nName a bird." in text
-
-
-@pytest.mark.parametrize("function", ["look", {"name": None}, {"name": 3}, {}])
-def test_malformed_tools_are_the_users_error(function, tmp_path):
-    row = {"prompt": "Hi", "chosen": "A.", "rejected": "B."}
-    row["tools"] = [{"type": "function", "function": function}]
-    (tmp_path / "p.jsonl").write_text(json.dumps(row))
-    with pytest.raises(treg.UserError, match="p.jsonl:1: tools"):
-        treg.encode(tokenizer_of(), treg.load_pairs(tmp_path / "p.jsonl"))
-
-
-# ------------------------------------------------------------------------- 3 nothing is added
-# Guards the one end token, the one BOS, and texts that have been through a template already.
 ENDS = "</s> <|im_end|> <|eot_id|> <|end|> <|return|> <end_of_turn> <eos> <｜end▁of▁sentence｜>"
 ENDS += " <turn|> [|endofturn|]"
 
@@ -1374,26 +1182,23 @@ def test_response_gets_exactly_one_end_token(template, end, capsys):
     assert capsys.readouterr().out.count("end token, which was taken off") == 3
 
 
+def test_end_token_is_the_templates_though_not_marked_special():
+    tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", "<turn>"))
+    tokenizer.add_tokens(["<turn>"])
+    assert encoded(tokenizer).ids[-1] == tokenizer.convert_tokens_to_ids("<turn>")
+
+
 WRAPPED = ["<|im_start|>user\nHi<|im_end|>", "<s>[INST] Hi [/INST]", "<|user|>\nHi", "<｜User｜>Hi"]
 WRAPPED += ["<start_of_turn>user\nHi<end_of_turn>", "<|turn>user\nHi<turn|>"]
 
 
 @pytest.mark.parametrize("text", WRAPPED)
 def test_texts_that_have_been_through_a_template_are_dropped(text, capsys):
-    rows = [pair_of(prompt=[{**USER, "content": text}]), pair_of(chosen=text + "A crow.")]
+    thought = pair_of(reasoning_content=text)
+    rows = [pair_of(prompt=[U(text)]), pair_of(text + "A crow."), thought, pair_of("<|im_end|>")]
     assert not treg.encode(tokenizer_of("Qwen3"), rows)
-    assert "2 pairs dropped: holds" in capsys.readouterr().out
-
-
-def test_no_second_end_token_in_thoughts_and_no_end_token_alone():
-    rows = [pair_of(reasoning_content="Crows fly.<|im_end|>"), pair_of("<|im_end|>")]
-    assert not treg.encode(tokenizer_of("Qwen3"), rows)
-
-
-def test_end_token_is_the_templates_though_not_marked_special():
-    tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", "<turn>"))
-    tokenizer.add_tokens(["<turn>"])
-    assert encoded(tokenizer).ids[-1] == tokenizer.convert_tokens_to_ids("<turn>")
+    said = capsys.readouterr().out
+    assert "3 pairs dropped: holds" in said and "1 pairs dropped: a blank response" in said
 
 
 @pytest.mark.parametrize("template", [None, "Llama 3"])
@@ -1406,18 +1211,16 @@ def test_bos_is_written_once(template, adds_bos):
     assert 1 not in response.ids
 
 
-# ------------------------------------------------------------------------ 4 tokens as in context
-# Guards the ids: those of the prompt and those of the response are the ids of the conversation.
 ANSWERS = ["A crow.", "1, 22 birds!", "ünï ☃", "A\n\n  crow.\n", " A crow.", "```py\n\tx = 1\n```"]
-TALKS = [[USER], [*TALK, USER], [{"role": "user", "content": "a  b:\n"}]]
+TALKS = [[ASK_BIRD], [*TALK, ASK_BIRD], [U("a  b:\n")]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_prompt_and_response_are_the_ids_of_the_whole_conversation(template, kind):
     tokenizer = tokenizer_of(template, kind)
     for talk, answer in itertools.product(TALKS, ANSWERS):
-        messages = [*talk, {"role": "assistant", "content": answer}]
+        messages = [*talk, A(answer)]
         if template == "SmolVLM":
             parts = [[{"type": "text", "text": m["content"]}] for m in messages]
             messages = [{**m, "content": c} for m, c in zip(messages, parts, strict=True)]
@@ -1430,11 +1233,11 @@ def test_prompt_and_response_are_the_ids_of_the_whole_conversation(template, kin
         assert not rest.strip(), f"the turn goes on with {rest!r} after what is scored"
 
 
-@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_merge_across_the_boundary_changes_one_token(kind):
     bare = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer = tokenizer_of(bare, kind)
-    response = encoded(tokenizer, "ame a bird.", [{"role": "user", "content": "A crow.\nN"}])
+    response = encoded(tokenizer, "ame a bird.", [U("A crow.\nN")])
     found = [*response.prompt_ids.tolist(), *response.ids.tolist()[:-1]]
     whole = tokenizer("A crow.\nName a bird.", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(found) == "A crow.\nName a bird."
@@ -1465,7 +1268,7 @@ def test_labels_are_on_the_tokens_of_their_words(template, text, bad, fields):
 @pytest.mark.parametrize("template", ["Qwen3", "Gemma", "Llama 2", "SmolVLM"])
 def test_contrastive_prompts_are_written_like_the_prompt(template):
     tokenizer = tokenizer_of(template)
-    response = encoded(tokenizer, THOUGHTS, [SYSTEM, USER], style="revise")
+    response = encoded(tokenizer, THOUGHTS, [KIND, ASK_BIRD], style="revise")
     texts = treg.contrastive_prompts("Name a bird.", THOUGHTS, "revise")
     prompt = tokenizer.decode(response.prompt_ids)
     for ids, text in zip((response.better_ids, response.worse_ids), texts, strict=True):
@@ -1478,275 +1281,98 @@ def test_a_long_run_of_spaces_takes_no_quadratic_time():
     assert time.process_time() - start < 2
 
 
-# ------------------------------------------------------------------------------------- 7 models
-# Guards which models are taken, and that nothing in their folders stops a run or bends a sample.
+# ------------------------------------------------------------------------ 6 models and sharing
+# Guards that beginnings are shared only where that is exact, and are shared where it is. The oracle
+# gives a model one row at a time.
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
 SIZES |= {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-
-
-def model_of(kind, tokenizer=None, **changes):
-    torch.manual_seed(0)
-    sizes = {**SIZES, "vocab_size": len(tokenizer) if tokenizer else 60, **changes}
-    known = transformers.AutoConfig.for_model(kind, **sizes)
-    return transformers.AutoModelForCausalLM.from_config(known).eval()
-
-
-LABELLED = {"chosen": "A crow.", "rejected": "A bat.", "rejected_errors": [[2, 5]]}
-
-
-def run_on(folder, model, tokenizer, capsys, row=LABELLED):
-    """The command line on four such pairs -> (exit status, what it said)."""
-    model.save_pretrained(folder / "m")
-    tokenizer.save_pretrained(folder / "m")
-    rows = [{"prompt": [{**USER, "content": f"Name {i}."}], **row} for i in range(4)]
-    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    files = ["--model", str(folder / "m"), "--data", str(folder / "p.jsonl")]
-    code = treg.main([*files, "--holdout", "1", "--alpha", "0", "--out", str(folder / "o")])
-    return code, "".join(capsys.readouterr())
-
-
-def test_encoders_are_refused_and_named(tmp_path, capsys):
-    tokenizer = tokenizer_of()
-    for name, says, sizes in (
-        ("BertForMaskedLM", "sees later tokens", SIZES),
-        ("T5ForConditionalGeneration", "is an encoder-decoder", {"d_model": 32, "num_layers": 1}),
-    ):
-        kind = getattr(transformers, name)
-        sizes = {**sizes, "vocab_size": len(tokenizer), "decoder_start_token_id": 0}
-        model = kind(kind.config_class(**sizes))
-        code, said = run_on(tmp_path, model, tokenizer, capsys)
-        assert code == 2 and says in said and "Traceback" not in said
-
-
-def test_tokenizers_without_offsets_train_without_credit_figures(tmp_path, capsys):
-    marks = sorted({*"Name. A crow. A bat. User: Assistant: 0123456789"} - {" "})
-    vocab = ["<unk>"] + [mark + end for mark in marks for end in ("@@", "")] + ["\n"]
-    (tmp_path / "v.json").write_text(json.dumps({mark: i for i, mark in enumerate(vocab)}))
-    (tmp_path / "m.txt").write_text("#version\n")
-    files = (str(tmp_path / "v.json"), str(tmp_path / "m.txt"))
-    tokenizer = transformers.CTRLTokenizer(*files, unk_token="<unk>", eos_token="<unk>")
-    model = model_of("ctrl", tokenizer, n_embd=32, dff=48, n_layer=1, n_head=2, n_positions=512)
-    code, said = run_on(tmp_path, model, tokenizer, capsys)
-    assert code == 0 and "gives no offsets, so there are no credit figures" in said
-    assert json.loads((tmp_path / "o/summary.json").read_text())["after"]["credit_auroc"] is None
-
-
-ODD = {"min_p": 0.9, "typical_p": 0.2, "top_k": 1, "repetition_penalty": 3.0, "stop_strings": ["a"]}
-ODD |= {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2}
-ODD |= {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0, "early_stopping": True}
-ODD |= {"min_length": 30, "suppress_tokens": [5], "temperature": 0.1, "top_p": 0.1}
-
-
-def test_no_generation_config_stops_a_run_or_bends_a_sample(tmp_path, capsys):
-    tokenizer = tokenizer_of(eos="</s>")
-    model = model_of("llama", tokenizer)
-    pairs = treg.encode(tokenizer, [pair_of()] * 8)
-    wanted = treg.sample(model, tokenizer, pairs, seed=1)
-    for name, value in ODD.items():
-        setattr(model.generation_config, name, value)
-        assert treg.sample(model, tokenizer, pairs, seed=1) == wanted, name
-    model = model_of("llama", tokenizer)
-    model.save_pretrained(tmp_path / "m")
-    # a base model: its eos is not what its template ends a turn with
-    (tmp_path / "m/generation_config.json").write_text(json.dumps({**ODD, "eos_token_id": 2}))
-    model.save_pretrained = lambda folder: None
-    code, said = run_on(tmp_path, model, tokenizer, capsys)
-    assert code == 0, said
-    saved = json.loads((tmp_path / "o/generation_config.json").read_text())
-    assert saved["eos_token_id"] == [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-
-
-def test_saved_model_stops_at_every_end_token_it_learned(tmp_path, capsys):
-    tokenizer = tokenizer_of("gpt-oss")
-    call = [{"role": "assistant", "content": "", "tool_calls": TOOL_CALL}]
-    row = {"chosen": call, "rejected": [TALK[1]]}
-    code, _ = run_on(tmp_path, model_of("llama", tokenizer), tokenizer, capsys, row=row)
-    saved = json.loads((tmp_path / "o/generation_config.json").read_text())["eos_token_id"]
-    assert code == 0 and {*saved} == {
-        2,
-        *tokenizer.convert_tokens_to_ids(["<|call|>", "<|return|>"]),
-    }
-
-
-# ----------------------------------------------------------------------------------- 9 sharing
-# Guards that beginnings are shared only where that is exact, and are shared where it is.
-GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512, "n_inner": 48}
 MOE = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4}
-MOE |= {"moe_intermediate_size": 16}
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-LOCAL = {"attention_types": [[["global", "local"], 1]]}
+MOE |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+KINDS = {  # what a small model of these kinds needs besides
+    "gptj": {"rotary_dim": 8}, "codegen": {"rotary_dim": 8, "num_attention_heads": 4},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64, "init_std": 0.2}, "gemma2": {"head_dim": 16},
+    "mixtral": MOE, "qwen2_moe": MOE, "qwen3_next": MOE,
+    "jamba": {**MOE, "use_mamba_kernels": False},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "recurrent_gemma": {"lru_width": 32}, "gpt_neo": {"num_layers": 2},
+    "ctrl": {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 512, "dff": 48},
+}  # fmt: skip
+
+
+def model_of(kind="gpt2", **changes):
+    """A model of random weights, large enough to tell right from wrong."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": len(tokenizer_of()), **KINDS.get(kind, {}), **changes}
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def logps_by_hand(model, prompt, response):
+    """log π of every response token: the row by itself, and nothing of treg.py."""
+    ids = torch.tensor([prompt + response])
+    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(response)), response]
+
+
+def rows_of(x=24, better=4, worse=6, chosen=9, rejected=12):
+    """-> the prompts and responses of a pair, of so many tokens, as annotate scores them."""
+    generator = torch.Generator().manual_seed(0)
+    x, better, worse, chosen, rejected = (
+        torch.randint(3, 60, (length,), generator=generator).tolist()
+        for length in (x, better, worse, chosen, rejected)
+    )
+    return [x, x, x + better, x + better, x + worse, x + worse], [chosen, rejected] * 3
+
+
+DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
 LONG = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 LONG = {"rope_scaling": LONG, "original_max_position_embeddings": 64}
-SHARES = {
-    "llama": {}, "gpt2": GPT, "gptj": {**GPT, "rotary_dim": 8}, "gpt_neox_japanese": {},
-    "codegen": {**GPT, "num_attention_heads": 4, "rotary_dim": 8}, "gemma2": {"head_dim": 16},
-    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 2},
-    "mixtral": MOE, "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 16},
-    "mistral": {"sliding_window": 200}, "qwen2": {"use_sliding_window": False},
-}  # fmt: skip
-if transformers.__version__ < "5":
-    del SHARES["xglm"]  # it takes no such mask there
-ALONE = {
-    "mistral": {"sliding_window": 20}, "gemma2": {"head_dim": 16, "sliding_window": 20},
-    "llama": {"rope_scaling": DYNAMIC}, "phi3": LONG, "qwen3_next": MOE, "bamba": MAMBA,
-    "lfm2": {"layer_types": ["conv", "full_attention"]}, "recurrent_gemma": {"lru_width": 32},
-    "jamba": {**MOE, "use_mamba_kernels": False}, "bloom": {"n_layer": 2, "n_head": 2},
-    "gpt_neo": {"num_layers": 2, "num_heads": 2, "window_size": 20, **LOCAL},
-}  # fmt: skip
+LOCAL = {"attention_types": [[["global", "local"], 1]], "window_size": 20}
+SHARES = ["llama", "gpt2", "gptj", "codegen", "gpt_neox_japanese", "opt", "gemma2", "mixtral"]
+ALONE = ["bamba", "bloom", "jamba", "qwen3_next", "recurrent_gemma"]
+SHARING = [(kind, {}, True) for kind in [*SHARES, "qwen2_moe"]]
+SHARING += [(kind, {}, False) for kind in ALONE]
+SHARING += [
+    ("mistral", {"sliding_window": 200}, True),
+    ("mistral", {"sliding_window": 20}, False),
+    ("gemma2", {"sliding_window": 20}, False),
+    ("qwen2", {"use_sliding_window": False}, True),
+    ("llama", DYNAMIC, False),
+    ("phi3", LONG, False),
+    ("gpt_neo", LOCAL, False),
+    ("lfm2", {"layer_types": ["conv", "full_attention"]}, False),
+]
 
 
-def rows_of(length=24):
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(3, 60, (n,), generator=generator).tolist()  # noqa: E731
-    x, better, worse, chosen, rejected = draw(length), draw(4), draw(6), draw(9), draw(12)
-    prompts = [x, x, x + better, x + better, x + worse, x + worse]
-    return prompts, [chosen, rejected] * 3
-
-
-def row_by_row(model, prompts, responses):
-    """The oracle: one row at a time, by log-softmax."""
-    for prompt, response in zip(prompts, responses, strict=True):
-        ids = torch.tensor([prompt + response])
-        with torch.no_grad():
-            logps = model(ids, use_cache=False).logits[0].log_softmax(-1)
-        yield logps[range(len(prompt) - 1, len(prompt + response) - 1), response]
-
-
-SHARING = [(kind, True) for kind in SHARES] + [(kind, False) for kind in ALONE]
-
-
-@pytest.mark.parametrize("kind, shares", SHARING)
-def test_beginnings_are_shared_where_and_only_where_that_is_exact(kind, shares):
-    model, rows = model_of(kind, **(SHARES if shares else ALONE)[kind]), rows_of()
+@pytest.mark.parametrize("kind, changes, shares", SHARING)
+def test_beginnings_are_shared_where_and_only_where_that_is_exact(kind, changes, shares):
+    model, rows = model_of(kind, **changes), rows_of()
     model.shares_prompts = treg.sharing_is_exact(model, *rows)
     assert model.shares_prompts == shares, f"{kind}: {'does not share' if shares else 'shares'}"
     with torch.no_grad():
         logps, mask = treg.response_logps(model, *rows)
-    for row, real, wanted in zip(logps, mask, row_by_row(model, *rows), strict=True):
-        assert torch.allclose(row[real], wanted, atol=1e-4, rtol=0), kind
+        for i, row in enumerate(zip(*rows, strict=True)):
+            close(logps[i][mask[i]].double(), logps_by_hand(model, *row), f"{kind}: row {i}", 1e-4)
 
 
-def test_a_window_that_rows_do_not_reach_is_no_window():
-    model = model_of("mistral", sliding_window=40)
+def test_a_window_counts_from_the_rows_that_reach_it_and_for_good(capsys):
+    model, tokenizer = model_of("mistral", sliding_window=40), tokenizer_of()
     assert treg.full_attention(model, 40) and not treg.full_attention(model, 41)
-
-
-def test_a_later_annotation_of_longer_rows_is_judged_anew(capsys):
-    tokenizer = tokenizer_of()
-    model = model_of("mistral", tokenizer, sliding_window=60)
+    model = model_of("mistral", sliding_window=60)
     short, long = [pair_of()], [pair_of("A crow. " * 30)]
     for pairs, shares in ((short, True), (long, False), (short, False)):
         treg.annotate(model, tokenizer, pairs, alpha=0.0)
         assert model.shares_prompts == shares
     assert "computed alone" in capsys.readouterr().out
-    # the contrastive prompts are longer than the prompt, and count
-    model = model_of("mistral", tokenizer, sliding_window=60)
+    model = model_of("mistral", sliding_window=60)
     treg.annotate(model, tokenizer, short, alpha=1.0)
-    assert not model.shares_prompts
+    assert not model.shares_prompts, "the contrastive prompts are longer than the prompt, and count"
 
 
-def test_encoded_pairs_without_contrastive_prompts_are_not_annotated_with_zeros():
-    tokenizer = tokenizer_of()
-    pairs = treg.encode(tokenizer, [pair_of()])
-    with pytest.raises((treg.UserError, ValueError)):
-        treg.annotate(model_of("llama", tokenizer), tokenizer, pairs, alpha=1.0)
-
-
-transformers.utils.logging.disable_progress_bar()
-
-
-# -------------------------------------------------------------------------------------- log-probs
+# --------------------------------------------------------------------------------- 7 log-probs
 # Guards section 4: column t is log π of response token t, whatever else is in the batch, in the
-# tree or in the architecture. The oracle asks the model for one token at a time.
-
-END_ID = "<|end|>"
-KINDS = {
-    "gpt2": {},
-    "llama": {"num_key_value_heads": 2},
-    "gemma2": {"num_key_value_heads": 2, "head_dim": 8},  # capped scores, half the layers windowed
-    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
-    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64, "dropout": 0.0, "init_std": 0.2},
-    "openai-gpt": {},
-    "bloom": {},
-}
-
-
-@functools.cache
-def bytes_tokenizer():
-    """A token for each byte, and the end."""
-    alphabet = [END_ID, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
-    made.add_special_tokens({"eos_token": END_ID, "pad_token": END_ID})
-    return made
-
-
-def small_model(kind="gpt2", **changes):
-    """Random weights, large enough to tell right from wrong."""
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"intermediate_size": 64, "max_position_embeddings": 512, "initializer_range": 0.2}
-    shape |= {"vocab_size": 257, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = transformers.AutoConfig.for_model(kind, **{**shape, **KINDS[kind], **changes})
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-def rows_of_ids(count=3):
-    """-> prompts twice, then two responses a prompt; they begin alike, and lengths are uneven."""
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(1, 257, rng.integers(3, 12)).tolist() for _ in range(count)]
-    chosen = [[*rng.integers(1, 257, rng.integers(1, 9)).tolist(), 0] for _ in prompts]
-    rejected = [[*y[:2], *rng.integers(1, 257, rng.integers(1, 9)).tolist(), 0] for y in chosen]
-    return prompts * 2, chosen + rejected
-
-
-def one_token_at_a_time(model, prompt, response):
-    passes = (
-        model(torch.tensor([prompt + response[:t]])).logits[0, -1] for t in range(len(response))
-    )
-    tokens = zip(passes, response, strict=True)
-    return torch.stack([logits.double().log_softmax(-1)[token] for logits, token in tokens])
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "mixtral"])
-def test_response_logps_are_those_of_one_token_at_a_time(kind):
-    """Values, and gradients of a weighting of them, of separate rows and of a shared tree."""
-    model = small_model(kind)
-    prompts, responses = rows_of_ids()
-    wanted = [one_token_at_a_time(model, *row) for row in zip(prompts, responses, strict=True)]
-    weights = [torch.linspace(-1, 1, len(row)).double() for row in wanted]
-
-    def gradient(rows):
-        model.zero_grad()
-        sum((a[: len(b)] * b).sum() for a, b in zip(rows, weights, strict=True)).backward()
-        return torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
-
-    by_hand = gradient(wanted)
-    for shared in (False, True):
-        model.shares_prompts = shared
-        logps, mask = treg.response_logps(model, prompts, responses)
-        assert (logps.dtype, mask.dtype) == (torch.float32, torch.bool)
-        for row, real, expected in zip(logps, mask, wanted, strict=True):
-            assert real.tolist() == [t < len(expected) for t in range(mask.shape[1])], "the mask"
-            close(row[real].double(), expected.detach(), f"shared {shared}: log π", 2e-5)
-            assert not row[~real].any(), "padding holds zeros"
-        assert (gradient(logps) - by_hand).norm() < 1e-4 * by_hand.norm(), f"shared {shared}"
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
-def test_rows_that_are_equal_or_begin_another_keep_their_own_values(shared):
-    model = small_model()
-    model.shares_prompts = shared
-    prompts = [[5, 6], [5, 6], [5], [5, 6], [5, 6], [5, 6, 7], [9]]
-    responses = [[7, 8, 0], [7, 8], [6, 7, 8], [7, 8, 0], [7, 9], [8], [7]]
-    logps, mask = treg.response_logps(model, prompts, responses)
-    for i, row in enumerate(zip(prompts, responses, strict=True)):
-        wanted = one_token_at_a_time(model, *row).detach()
-        close(logps[i][mask[i]].double(), wanted, f"row {i}, by itself", 1e-5)
+# tree or in the architecture.
 
 
 class Bigram(torch.nn.Module):
@@ -1779,24 +1405,55 @@ def test_response_logps_by_hand():
     close(model.table.grad.double(), gradient, "1 for the token, less its probability", 1e-6)
 
 
+# uneven rows, of which some are equal, begin like another or are its beginning
+IN_ONE_BATCH = [
+    *([[5, 6], [7, 8, 0]], [[5, 6], [7, 8]], [[5], [6, 7, 8]], [[5, 6], [7, 8, 0]]),
+    *([[5, 6], [7, 9]], [[5, 6, 7], [8]], [[9], [7]], [[*range(11, 19)], [5, 6, 7, 8, 9, 10, 0]]),
+]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "mixtral"])
+def test_response_logps_are_those_of_each_row_by_itself(kind):
+    """Values, and gradients of a weighting of them, of separate rows and of a shared tree."""
+    model = model_of(kind)
+    wanted = [logps_by_hand(model, *row) for row in IN_ONE_BATCH]
+    weights = [torch.linspace(-1, 1 + i, len(row)) for i, row in enumerate(wanted)]
+
+    def gradient(rows):
+        model.zero_grad()
+        sum((a[: len(b)] * b).sum() for a, b in zip(rows, weights, strict=True)).backward()
+        return torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+
+    by_hand = gradient(wanted)
+    for model.shares_prompts in (False, True):
+        where = f"shared {model.shares_prompts}"
+        logps, mask = treg.response_logps(model, *map(list, zip(*IN_ONE_BATCH, strict=True)))
+        assert (logps.dtype, mask.dtype) == (torch.float32, torch.bool)
+        for row, real, expected in zip(logps, mask, wanted, strict=True):
+            assert real.tolist() == [t < len(expected) for t in range(mask.shape[1])], "the mask"
+            close(row[real].double(), expected.detach(), f"{where}: log π", 2e-5)
+            assert not row[~real].any(), "padding holds zeros"
+        assert (gradient(logps) - by_hand).norm() < 1e-4 * by_hand.norm(), where
+
+
 def test_log_softmax_is_float32_where_logits_are_bfloat16():
     """A model in bfloat16, then one in float32 under autocast, as --dtype bf16 has it."""
-    model = small_model().bfloat16()
+    model = model_of().bfloat16()
     logps, _ = treg.response_logps(model, [[5, 6, 7]], [[8, 9, 0]])
     logits = model(torch.tensor([[5, 6, 7, 8, 9, 0]])).logits[0, 2:5].float()
     wanted = logits.log_softmax(-1)[[0, 1, 2], [8, 9, 0]]
     close(logps[0].double(), wanted.detach().double(), "log-softmax in float32", 1e-5)
-    pair = (
-        treg.annotate(small_model(), bytes_tokenizer(), text_pairs(1), dtype=kind, alpha=0)[0]
+    rough, exact = (
+        treg.annotate(model_of(), tokenizer_of(), text_pairs(1), dtype=kind, alpha=0)[0].chosen
         for kind in ("bf16", "fp32")
     )
-    rough, exact = (each.chosen.ref_logps for each in pair)
+    rough, exact = rough.ref_logps, exact.ref_logps
     assert rough.dtype == torch.float32 and not torch.equal(rough, rough.bfloat16().float())
     assert 0 < (rough - exact).abs().max() < 1, "products are rounded"
 
 
 def test_a_shared_prompt_is_computed_once_and_the_head_only_where_a_token_is_predicted():
-    model, nodes, logits = small_model(), [], []
+    model, nodes, logits = model_of(), [], []
     model.transformer.h[0].register_forward_hook(
         lambda _, args, out: nodes.append(args[0].shape[1])
     )
@@ -1807,7 +1464,7 @@ def test_a_shared_prompt_is_computed_once_and_the_head_only_where_a_token_is_pre
     assert logits == [3, 3, 6]
 
 
-# --------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------- 8 training
 # Guards sections 5 and 6: what annotate writes, which pairs are in a step, and that a step is
 # exactly the one of the paper: mean gradient, clipped, AdamW, at the rate of this step.
 
@@ -1816,16 +1473,15 @@ def text_pairs(count=7):
     """Pairs of texts of uneven lengths."""
     pairs = []
     for i in range(count):
-        prompt = [{"role": "user", "content": "Say " * (1 + i % 3) + str(i)}]
-        texts = (f"It is {i}." * (1 + i % 2), f"No {7 * i}!")
-        sides = [treg.Response({"role": "assistant", "content": text}) for text in texts]
-        pairs.append(treg.Pair(prompt, *sides, where=f"pair {i}"))
+        chosen, rejected = f"It is {i}." * (1 + i % 2), f"No {7 * i}!"
+        prompt = [U("Say " * (1 + i % 3) + str(i))]
+        pairs.append(pair_of(chosen, prompt, rejected, where=f"pair {i}"))
     return pairs
 
 
 def annotated(model, count=7, **changes):
     """Annotated pairs. Their references are moved: else margins, and so many mistakes, are 0."""
-    pairs = treg.annotate(model, bytes_tokenizer(), text_pairs(count), **changes)
+    pairs = treg.annotate(model, tokenizer_of(None), text_pairs(count), **changes)
     generator = torch.Generator().manual_seed(1)
     for response in treg.sides(pairs):
         noise = torch.rand(len(response.ids), generator=generator)
@@ -1834,51 +1490,88 @@ def annotated(model, count=7, **changes):
     return pairs
 
 
+def test_annotate_writes_the_reference_and_the_token_rewards_of_the_contrastive_prompts():
+    """Of the model itself or of a reward model; the same whatever shares a forward pass."""
+    model, other, tokenizer = model_of(), model_of("llama"), tokenizer_of(None)
+    for reward_model, pass_tokens in ((None, 1), (None, 4096), (other, 4096)):
+        style = {"prompts": "revise", "pass_tokens": pass_tokens}
+        texts = text_pairs(3)
+        pairs = treg.annotate(model, tokenizer, texts, reward_model=reward_model, **style)
+        assert texts[0].chosen.ids is None, "the caller's pairs are left as they are"
+        for response in treg.sides(pairs):
+            ids, x, better, worse = (
+                getattr(response, name).tolist()
+                for name in ("ids", "prompt_ids", "better_ids", "worse_ids")
+            )
+            with torch.no_grad():
+                wanted = logps_by_hand(model, x, ids)
+                both = [logps_by_hand(reward_model or model, p, ids) for p in (better, worse)]
+            close(response.ref_logps.double(), wanted, "log π_ref", 1e-4)
+            hat = torch.sigmoid(both[0] - both[1]) - 0.5
+            close(response.token_rewards.double(), hat, "r̂ of this response", 1e-4)
+            assert response.text in tokenizer.decode(worse), "revise shows its own response"
+    plain = treg.annotate(model, tokenizer, text_pairs(3), alpha=0)
+    assert not any(r.token_rewards.any() for r in treg.sides(plain)), "alpha 0 needs none"
+    sft = treg.annotate(model, tokenizer, text_pairs(1), token_rewards="sft")[0]
+    assert sft.chosen.token_rewards.all() and not sft.rejected.token_rewards.any()
+    longer = text_pairs(2)
+    longer[0].chosen.message["content"] *= 100
+    kept = treg.annotate(model, tokenizer, longer)
+    assert [pair.where for pair in kept] == ["pair 1"], "the model has 512 positions"
+    bare = treg.encode(tokenizer, text_pairs(1))
+    with pytest.raises(treg.UserError, match="without contrastive prompts"):
+        treg.annotate(model, tokenizer, bare)
+
+
+def test_variants_and_controls_write_their_token_rewards_and_leave_the_pairs_as_they_were():
+    pairs = annotated(model_of())
+    before = [response.token_rewards.tolist() for response in treg.sides(pairs)]
+
+    def changed(kind, pairs=pairs, seed=0):
+        found = treg.sides(treg.change_rewards(pairs, kind, seed))
+        return [response.token_rewards.tolist() for response in found]
+
+    assert changed("contrastive") == before
+    sft = zip([1.0] * 7 + [0.0] * 7, before, strict=True)
+    assert changed("sft") == [[value] * len(hat) for value, hat in sft]
+    assert changed("swapped") == [[-value for value in hat] for hat in before]
+    shuffled = changed("shuffled")
+    assert [*map(sorted, shuffled)] == [*map(sorted, before)], "within the response"
+    assert all(new != old for new, old in zip(shuffled, before, strict=True))
+    assert changed("shuffled", pairs[:2])[:2] == shuffled[:2], (
+        "of the first pairs by the seed alone"
+    )
+    assert changed("shuffled", seed=1) != shuffled, "another seed, another order"
+    assert changed("contrastive") == before, "the caller's pairs"
+
+
 def loss_by_hand(model, pair, s):
-    """-> (L, z, w, Σ r̂ r) of a pair, from log-probs of its own rows, in the model's precision."""
-    rewards, agreement = [], 0
-    for response in (pair.chosen, pair.rejected):
-        prompt, ids = response.prompt_ids.tolist(), response.ids.tolist()
-        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        logps = logits.log_softmax(-1)[range(len(ids)), ids]
+    """-> (L, the metrics) of a pair, from log-probs of its own rows, in the model's precision."""
+    rewards, metrics, agreement = [], {}, 0
+    for side in ("chosen", "rejected"):
+        response = getattr(pair, side)
+        logps = logps_by_hand(model, response.prompt_ids.tolist(), response.ids.tolist())
+        metrics[f"{side}_logps"] = logps.sum().item()
         if s.algorithm == "dpo":
             reward = s.beta * (logps - response.ref_logps)
         else:
-            reward = s.beta / len(ids) * logps
+            reward = s.beta / len(logps) * logps
         rewards.append(reward.sum())
         agreement = agreement + (response.token_rewards * reward).sum()
     z = rewards[0] - rewards[1] - s.gamma
-    w = torch.sigmoid(-z).detach() if s.weighting == "sequence" else torch.tensor(0.5)
-    return -torch.nn.functional.logsigmoid(z) - s.alpha * w * agreement, z, w, agreement
+    w = torch.sigmoid(-z).item() if s.weighting == "sequence" else 0.5
+    loss = -torch.nn.functional.logsigmoid(z) - s.alpha * w * agreement
+    metrics |= {"loss": loss.item(), "margin": z.item(), "accuracy": float(z + s.gamma > 0)}
+    return loss, metrics | {"weight": w, "agreement": agreement.item()}
 
 
-@pytest.mark.parametrize("weighting", ["sequence", "static"])
-@pytest.mark.parametrize("algorithm", ["dpo", "simpo"])
-def test_losses_pair_each_response_with_its_own_mask_reference_and_reward(algorithm, weighting):
-    model = small_model()
-    pairs = annotated(model)
-    s = treg.resolve(None, model, algorithm=algorithm, alpha=0.5, beta=0.7, weighting=weighting)
-    loss, metrics, credit = treg.losses(model, pairs, s)
-    for i, pair in enumerate(pairs):
-        with torch.no_grad():
-            wanted = [value.item() for value in loss_by_hand(model, pair, s)]
-        names = ("loss", "margin", "weight", "agreement")
-        assert [metrics[name][i].item() for name in names] == pytest.approx(wanted, abs=1e-4)
-        assert loss[i].item() == metrics["loss"][i].item()
-        assert metrics["accuracy"][i] == (wanted[1] + s.gamma > 0)
-        for side, row, name in (
-            ("chosen", i, "chosen_logps"),
-            ("rejected", i + 7, "rejected_logps"),
-        ):
-            response = getattr(pair, side)
-            learned = credit[row][: len(response.ids)] + response.ref_logps
-            assert metrics[name][i].item() == pytest.approx(learned.sum().item(), abs=1e-4)
-    if weighting == "static":
-        assert (metrics["weight"] == 0.5).all(), "the weight that is used is the one that is told"
-
-
-# β, rate, pass_tokens: gradients near AdamW's ε; never clipped, so that scale tells; often clipped
-STEPS = {"tiny": (1e-7, 1e-2, 64), "small": (0.02, 1e-2, 10**6), "large": (0.2, 1e-3, 1)}
+# gradients near AdamW's ε; never clipped, so that scale tells; often clipped
+STEPS = {
+    "tiny": ({"beta": 1e-7, "lr": 1e-2}, 64),
+    "small": ({"beta": 0.02, "lr": 1e-2}, 10**6),
+    "large": ({"beta": 0.5, "lr": 1e-3, "weighting": "static"}, 1),
+    "simpo": ({"beta": 2.0, "lr": 1e-3, "algorithm": "simpo", "gamma": 0.5}, 64),
+}
 
 
 @pytest.mark.parametrize("case", STEPS)
@@ -1889,11 +1582,13 @@ def test_an_optimiser_step_by_hand(case):
     m = .9 m + .1 g,  v = .999 v + .001 g²,  step k from 1: m / (1 − .9ᵏ), v / (1 − .999ᵏ)
     weights −= rate · m̂ / (√v̂ + 1e-8); rate / peak: 1, then ½ + ½ cos(π j / 9) for j = 0 … 8.
     """
-    beta, lr, pass_tokens = STEPS[case]
-    model = small_model("llama", num_hidden_layers=1)
+    changes, pass_tokens = STEPS[case]
+    model = model_of("llama", num_hidden_layers=1)
     pairs = annotated(model)
-    s = treg.resolve(None, model, alpha=0.5, beta=beta, lr=lr, epochs=5, batch_size=4)
+    s = treg.resolve(None, model, alpha=0.5, epochs=5, batch_size=4, **changes)
     exact = copy.deepcopy(model).double()
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)  # of a loss that somebody looked at in a notebook
     batches, step = [], treg.take_step
 
     def spy(model, optimizer, batch, *args, **kwargs):
@@ -1914,8 +1609,8 @@ def test_an_optimiser_step_by_hand(case):
     v = [torch.zeros_like(w) for w in weights]
     norms = []
     for k, (batch, row) in enumerate(zip(batches, history, strict=True), 1):
-        loss = sum(loss_by_hand(exact, pair, s)[0] for pair in batch) / len(batch)
-        gradients = torch.autograd.grad(loss, weights)
+        losses, metrics = zip(*[loss_by_hand(exact, pair, s) for pair in batch], strict=True)
+        gradients = torch.autograd.grad(sum(losses) / len(batch), weights)
         norms.append(math.sqrt(sum(g.pow(2).sum().item() for g in gradients)))
         share = 1.0 if k == 1 else 0.5 + 0.5 * math.cos(math.pi * (k - 2) / 9)
         with torch.no_grad():
@@ -1924,23 +1619,14 @@ def test_an_optimiser_step_by_hand(case):
                 m[i] = 0.9 * m[i] + 0.1 * g
                 v[i] = 0.999 * v[i] + 0.001 * g * g
                 scale = (v[i] / (1 - 0.999**k)).sqrt() + 1e-8
-                weights[i] -= lr * share * m[i] / (1 - 0.9**k) / scale
-        told = [row[name] for name in ("step", "loss", "grad_norm", "lr")]
-        assert told == pytest.approx([k, loss.item(), norms[-1], lr * share], rel=2e-3), case
+                weights[i] -= s.lr * share * m[i] / (1 - 0.9**k) / scale
+        told = {name: np.mean([each[name] for each in metrics]) for name in metrics[0]}
+        told |= {"step": k, "grad_norm": norms[-1], "lr": s.lr * share}
+        assert row == pytest.approx(told, rel=2e-3, abs=1e-6), case
     wanted = {"tiny": max(norms) < 1e-5, "small": max(norms) < 1, "large": norms[2] > 1}
-    assert wanted[case], f"the case is not what it should be: gradient norms {norms}"
+    assert wanted.get(case, True), f"the case is not what it should be: gradient norms {norms}"
     for wanted, found in zip(weights, model.parameters(), strict=True):
-        assert (found - wanted).abs().max() < 1e-3 * lr, f"{case}: another weight after ten steps"
-
-
-def test_a_step_begins_without_the_gradients_of_before():
-    """Of a loss that somebody looked at in a notebook, or of a step that was refused."""
-    model = small_model()
-    pairs = annotated(model)
-    clean, used = copy.deepcopy(model), model
-    treg.losses(used, pairs, treg.resolve(None, used))[0].sum().backward()
-    norms = [treg.train(each, pairs, lr=1e-3)[0]["grad_norm"] for each in (clean, used)]
-    assert norms[0] == norms[1]
+        assert (found - wanted).abs().max() < 5e-3 * s.lr, f"{case}: another weight after ten steps"
 
 
 def test_schedule_warms_up_then_falls_to_zero():
@@ -1951,74 +1637,9 @@ def test_schedule_warms_up_then_falls_to_zero():
     assert treg.schedule(0, 1) == 1.0
 
 
-def test_annotate_writes_the_reference_and_the_token_rewards_of_the_contrastive_prompts():
-    """Of the model itself or of a reward model; the same whatever shares a forward pass."""
-    model, other = small_model(), small_model("llama")
-    names = ("ids", "prompt_ids", "ref_logps", "token_rewards")
-    for reward_model, pass_tokens in ((None, 1), (None, 4096), (other, 4096)):
-        style = {"prompts": "revise", "pass_tokens": pass_tokens}
-        texts = text_pairs(3)
-        pairs = treg.annotate(model, bytes_tokenizer(), texts, reward_model=reward_model, **style)
-        assert texts[0].chosen.ids is None, "the caller's pairs are left as they are"
-        for pair, text in itertools.product(pairs, ("chosen", "rejected")):
-            response = getattr(pair, text)
-            ids, x, better, worse = (
-                getattr(response, name).tolist()
-                for name in ("ids", "prompt_ids", "better_ids", "worse_ids")
-            )
-            with torch.no_grad():
-                wanted = one_token_at_a_time(model, x, ids)
-                both = [one_token_at_a_time(reward_model or model, p, ids) for p in (better, worse)]
-            close(response.ref_logps.double(), wanted, "log π_ref", 1e-4)
-            hat = torch.sigmoid(both[0] - both[1]) - 0.5
-            close(response.token_rewards.double(), hat, "r̂ of this response", 1e-4)
-            assert response.text in bytes_tokenizer().decode(worse), "revise shows its own response"
-            assert all(len(getattr(response, n)) == len(ids) for n in names if n != "prompt_ids")
-    plain = treg.annotate(model, bytes_tokenizer(), text_pairs(3), alpha=0)
-    assert not any(r.token_rewards.any() for r in treg.sides(plain)), "alpha 0 needs none"
-    sft = treg.annotate(model, bytes_tokenizer(), text_pairs(1), token_rewards="sft")[0]
-    assert sft.chosen.token_rewards.all() and not sft.rejected.token_rewards.any()
-    longer = text_pairs(2)
-    longer[0].chosen.message["content"] *= 60
-    kept = treg.annotate(model, bytes_tokenizer(), longer)
-    assert [pair.where for pair in kept] == ["pair 1"], "the model has 512 positions"
-
-
-def test_pair_accuracy_by_hand():
-    """Mean r̂ higher, lower, a tie: ½. Wilson: ± z √(¼ / 3 + z² / 36) / (1 + z² / 3), z = 1.96."""
-    pairs = text_pairs(3)
-    rewards = (([0.4], [0.1, 0.3]), ([0.0], [0.2]), ([0.1], [0.1]))
-    for pair, both in zip(pairs, rewards, strict=True):
-        pair.chosen.token_rewards, pair.rejected.token_rewards = map(torch.tensor, both)
-    half = 1.95996 * math.sqrt(0.25 / 3 + 3.84146 / 36) / (1 + 3.84146 / 3)
-    assert treg.pair_accuracy(pairs) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
-
-
-def test_variants_and_controls_write_their_token_rewards_and_leave_the_pairs_as_they_were():
-    pairs = annotated(small_model())
-    kept = copy.deepcopy(pairs)
-    kinds = ("contrastive", "sft", "swapped", "shuffled")
-    found = {kind: treg.sides(treg.change_rewards(pairs, kind, 0)) for kind in kinds}
-    for i, (response, before) in enumerate(zip(treg.sides(pairs), treg.sides(kept), strict=True)):
-        hat = response.token_rewards
-        assert torch.equal(hat, before.token_rewards), "the caller's pairs"
-        assert torch.equal(found["contrastive"][i].token_rewards, hat)
-        assert found["sft"][i].token_rewards.tolist() == [1.0 if i < 7 else 0.0] * len(hat)
-        assert torch.equal(found["swapped"][i].token_rewards, -hat)
-        shuffled = found["shuffled"][i].token_rewards
-        assert torch.equal(shuffled.sort().values, hat.sort().values), "within the response"
-        assert not torch.equal(shuffled, hat)
-    again = treg.sides(treg.change_rewards(pairs[:2], "shuffled", 0))
-    other = treg.sides(treg.change_rewards(pairs[:2], "shuffled", 1))
-    assert torch.equal(again[0].token_rewards, found["shuffled"][0].token_rewards), "by the seed"
-    assert not torch.equal(other[0].token_rewards, again[0].token_rewards), "another seed, another"
-
-
-@pytest.mark.parametrize(
-    "at", [3, 4], ids=["a loss of NaN", "weights that diverge in the last step"]
-)
+@pytest.mark.parametrize("at", [3, 4], ids=["a loss of NaN", "weights of the last step"])
 def test_divergence_names_the_pairs_and_keeps_the_last_good_checkpoint(at, tmp_path, monkeypatch):
-    model = small_model()
+    model = model_of()
     pairs, batches, step = annotated(model, 8), [], treg.take_step
 
     def diverging(model, optimizer, batch, s, lr):
@@ -2039,8 +1660,9 @@ def test_divergence_names_the_pairs_and_keeps_the_last_good_checkpoint(at, tmp_p
     assert len(state["history"]) == 2 and all(w.isfinite().all() for w in state["model"].values())
 
 
-# ------------------------------------------------------------------------------------- evaluation
-# Guards section 8: every figure that is shown, against a world whose right values a pencil gives.
+# -------------------------------------------------------------------------------- 9 evaluation
+# Guards section 8 and the figures of 10: each is shown against a world whose right values a pencil
+# gives.
 
 VOCABULARY = ["<end>", "<unk>", "User:", "Assistant:", "a", "b", "c", "d"]
 TRAINED = [1 / 16, 1 / 96, 1 / 96, 1 / 96, 1 / 2, 1 / 4, 1 / 8, 1 / 32]
@@ -2056,9 +1678,7 @@ def pencil_world():
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = {"eos_token": "<end>", "pad_token": "<end>", "unk_token": "<unk>"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **ends)
-    model = small_model(
-        hidden_size=8, num_attention_heads=1, vocab_size=8, tie_word_embeddings=False
-    )
+    model = model_of(hidden_size=8, vocab_size=8, tie_word_embeddings=False)
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.copy_(torch.eye(8)[0])  # the last state, whatever was read
@@ -2066,10 +1686,10 @@ def pencil_world():
     rows = (("a b", "c d", None), ("b a", "a b", None), ("d a c c", "a b d", [[0, 1], [4, 5]]))
     pairs = []
     for chosen, rejected, errors in rows:
-        prompt = [{"role": "user", "content": "a"}]
-        first = treg.Response({"role": "assistant", "content": chosen}, errors)
-        second = treg.Response({"role": "assistant", "content": rejected}, errors and [[0, 1]])
-        pairs.append(treg.Pair(prompt, first, second, answers=["a", "b a"]))
+        pair = pair_of(chosen, [U("a")], rejected)
+        pair.answers = ["a", "b a"]
+        pair.chosen.errors, pair.rejected.errors = errors, errors and [[0, 1]]
+        pairs.append(pair)
     pairs = treg.annotate(model, tokenizer, pairs)
     model.lm_head.weight.data[:, 0] = torch.tensor(TRAINED).log()
     return model, tokenizer, pairs
@@ -2131,6 +1751,16 @@ def test_pairs_with_a_token_of_probability_zero_are_dropped():
     assert [pair.chosen.text for pair in treg.annotate(model, tokenizer, pairs)] == ["b a"]
 
 
+def test_pair_accuracy_by_hand():
+    """Mean r̂ higher, lower, a tie: ½. Wilson: ± z √(¼ / 3 + z² / 36) / (1 + z² / 3), z = 1.96."""
+    pairs = text_pairs(3)
+    rewards = (([0.4], [0.1, 0.3]), ([0.0], [0.2]), ([0.1], [0.1]))
+    for pair, both in zip(pairs, rewards, strict=True):
+        pair.chosen.token_rewards, pair.rejected.token_rewards = map(torch.tensor, both)
+    half = 1.95996 * math.sqrt(0.25 / 3 + 3.84146 / 36) / (1 + 3.84146 / 3)
+    assert treg.pair_accuracy(pairs) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
+
+
 def test_credit_auroc_by_hand():
     """Good 3, 1, 2 against bad 1, 2: 3 beats both, 1 ties one, 2 beats one and ties one: 4 of 6."""
     assert treg.credit_auroc([3, 1, 1, 2, 2], [1, 1, 0, 0, 1]) == pytest.approx(4 / 6)
@@ -2140,17 +1770,22 @@ def test_credit_auroc_by_hand():
     assert math.isnan(treg.credit_auroc([], []))
 
 
-def test_samples_follow_the_models_own_distribution():
+ODD = {"min_p": 0.9, "typical_p": 0.2, "top_k": 1, "repetition_penalty": 3.0, "stop_strings": ["a"]}
+ODD |= {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2}
+ODD |= {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0, "early_stopping": True}
+ODD |= {"min_length": 30, "suppress_tokens": [5], "temperature": 0.1, "top_p": 0.1}
+ODD |= {"max_new_tokens": 2}
+
+
+def test_samples_follow_the_models_own_distribution_and_no_generation_config():
     """Up to the end token, without it; of 3,000 the first word has its share ± 4 standard errors.
 
     The number of words is k with (15/16)^k / 16, cut at two words and eight more: mean 6.6.
     """
     model, tokenizer, pairs = pencil_world()
-    model.generation_config.update(min_p=0.9, top_k=1, temperature=0.1, max_new_tokens=2)
     own, state = model.generation_config, torch.get_rng_state()
     texts = treg.sample(model, tokenizer, pairs[:1] * 3000, 0)
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers"
-    assert model.generation_config is own, "its own settings come back"
     rows = [text.split() for text in texts]
     firsts = [row[0] if row else "<end>" for row in rows]
     for word, share in zip(VOCABULARY, TRAINED, strict=True):
@@ -2160,49 +1795,47 @@ def test_samples_follow_the_models_own_distribution():
     assert max(map(len, rows)) == 3 + 8, "as many as the longest chosen response, and eight"
     mean = sum((15 / 16) ** k for k in range(1, 12))
     assert np.mean([len(row) for row in rows]) == pytest.approx(mean, abs=0.3)
-    assert texts[:128] == treg.sample(model, tokenizer, pairs[:1] * 128, 0), "the same seed"
     assert texts[:128] != treg.sample(model, tokenizer, pairs[:1] * 128, 1), "another seed"
+    for name, value in ODD.items():
+        setattr(model.generation_config, name, value)
+        assert texts[:128] == treg.sample(model, tokenizer, pairs[:1] * 128, 0), name
+    assert model.generation_config is own, "its own settings come back"
 
 
 def test_samples_do_not_depend_on_the_padding_of_their_prompts():
     """A model that is all but certain says the same by itself and beside a longer prompt.
 
-    One that is quite uncertain uses all 257 tokens, not the 50 likeliest (the library's default).
+    One that is quite uncertain uses all tokens, not the 50 likeliest (the library's default).
     """
-    model = small_model(tie_word_embeddings=False)
+    model, tokenizer = model_of(tie_word_embeddings=False), tokenizer_of(None)
     model.lm_head.weight.data *= 1000
-    pairs = treg.encode(bytes_tokenizer(), text_pairs(4))
-    together = treg.sample(model, bytes_tokenizer(), pairs, 0, more=0)
+    pairs = treg.encode(tokenizer, text_pairs(4))
+    together = treg.sample(model, tokenizer, pairs, 0, more=0)
     assert len({*together}) == 4
     most = max(len(pair.chosen.ids) for pair in pairs)
     for pair, text in zip(pairs, together, strict=True):
         more = most - len(pair.chosen.ids)
-        assert treg.sample(model, bytes_tokenizer(), [pair], 0, more=more) == [text]
+        assert treg.sample(model, tokenizer, [pair], 0, more=more) == [text]
     model.lm_head.weight.data.zero_()
-    texts = treg.sample(model, bytes_tokenizer(), pairs * 50, 0)
+    texts = treg.sample(model, tokenizer, pairs * 50, 0)
     assert len({*"".join(texts)}) > 60
 
 
-# spread of seeds, of prompts, of what is left
-@pytest.mark.parametrize("seeds", [5, 8])
-@pytest.mark.parametrize("spreads", [(1, 1, 1), (0.02, 1, 0.1)], ids=["seeds", "prompts"])
-def test_interval_covers_the_truth_in_95_of_100(seeds, spreads):
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(2000):
-        shapes = ((seeds, 1), (1, 60), (seeds, 60))
-        parts = [spread * rng.normal(size=of) for spread, of in zip(spreads, shapes, strict=True)]
-        mean, low, high = treg.interval(0.3 + sum(parts))
-        covered += low <= 0.3 <= high
-        assert low <= mean <= high
-    assert 0.93 < covered / 2000 < 0.98
-
-
 def test_interval_by_hand():
-    """Seeds alone differ, 1 to 5: 3 ± t(4) √(2.5 / 5). Prompts alone, 0 or 1: ½ ± t(29) s / √30."""
+    """Seeds alone differ, 1 to 5: 3 ± t(4) √(2.5 / 5). Prompts alone, 0 or 1: ½ ± t(29) s / √30.
+
+    What is left, ±1 in turn, has the mean square 120 / 87, more than the prompts' 30 / 29. It takes
+    nothing off them, but 1.034² / (1.034² / 29 + 1.379² / 87) = 18.2 degrees of freedom are left:
+    ½ ± t(18.2) s / √30. By itself it is no spread of seeds or of prompts, so there is none.
+    """
     mean, low, high = treg.interval(np.arange(1, 6)[:, None] * np.ones((1, 7)))
     assert (mean, high - mean) == pytest.approx((3, 2.776 * math.sqrt(0.5)), abs=0.02)
-    mean, low, high = treg.interval(np.ones((4, 1)) * (np.arange(30) % 2))
-    assert (mean, mean - low) == pytest.approx((0.5, 2.045 * math.sqrt(30 / 4 / 29 / 30)), abs=1e-3)
+    prompts, left = np.ones((4, 1)) * (np.arange(30) % 2), (-1.0) ** np.indices((4, 30)).sum(0)
+    for values, t in (prompts, 2.045), (prompts + left, 2.100):
+        mean, low, high = treg.interval(values)
+        half = t * math.sqrt(30 / 4 / 29 / 30)
+        assert (mean, mean - low, high - mean) == pytest.approx((0.5, half, half), abs=1e-3)
+    assert treg.interval(left) == (0, 0, 0)
     assert treg.interval(np.full((3, 4), 0.25)) == (0.25, 0.25, 0.25)
     assert math.isnan(treg.interval(np.ones((1, 5)))[1])
 
@@ -2218,10 +1851,9 @@ def test_table_by_hand():
         for seed, (score, right) in enumerate(zip(scores, each, strict=True)):
             about = {"variant": name, "seed": seed, "algorithm": algorithm, "alpha": alpha}
             measured = {"score": score, "accuracy": 9.0, "credit_auroc": 0.75}
-            measured["each"] = dict(zip(names, right, strict=True))
+            measured["each"] = dict(zip(("file:1", "file:2"), right, strict=True))
             yield about | measured | {"token_reward_auroc": None}
 
-    names = ("file:1", "file:2")
     low = [[0, 1], [1, 1], [0, 0], [0, 0]]
     high = [[1, 1], [0, 1], [1, 1], [0, 0]]
     rows = [*results("DPO", "dpo", 0.0, [0.5, 0.7, 0.6, 0.6], low)]
@@ -2240,19 +1872,17 @@ def test_table_by_hand():
     assert "±" not in treg.table(rows[:1]), "one seed has no standard error"
 
 
-# ---------------------------------------------------------------------------------------- the run
+# ----------------------------------------------------------------------------------- 10 the run
 # Guards section 11: a run that dies anywhere goes on to the same end, files are whole, nothing in
 # a file is executed, and a mistake is one line.
-
 TEMPORARY = tempfile.TemporaryDirectory()
-ESCAPE = "\x1b]0;owned\x07 \u202e"
 
 
 @functools.cache
 def model_folder(kind="gpt2", dtype=torch.float32, **changes):
     folder = tempfile.mkdtemp(dir=TEMPORARY.name)
-    small_model(kind, num_hidden_layers=1, **changes).to(dtype).save_pretrained(folder)
-    bytes_tokenizer().save_pretrained(folder)
+    model_of(kind, num_hidden_layers=1, **changes).to(dtype).save_pretrained(folder)
+    tokenizer_of(None).save_pretrained(folder)
     return Path(folder)
 
 
@@ -2263,7 +1893,7 @@ def data_file(count=25, **fields):
         row = {"prompt": pair.prompt[0]["content"], "chosen": pair.chosen.text}
         rows.append(row | {"rejected": pair.rejected.text, "rejected_errors": [[0, 2]], **fields})
     path = Path(tempfile.mkdtemp(dir=TEMPORARY.name), "pairs.jsonl")
-    path.write_text(treg.as_lines(rows))
+    path.write_bytes(jsonl(*rows))
     return path
 
 
@@ -2298,8 +1928,8 @@ def refusal(*argv):
     return line.removeprefix("treg.py: error: ")
 
 
-def history(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def history(out, name="metrics.jsonl"):
+    return [json.loads(line) for line in Path(out, name).read_text().splitlines()]
 
 
 def end_of(out):
@@ -2356,6 +1986,7 @@ def goes_on(out):
 
 # where it dies, and how many steps are saved then; None: data and model are still needed
 KILLS = {
+    "in its first write": (os, "replace", 1, "before", None),
     "annotating": (treg, "token_rewards", 2, "before", None),
     "the first checkpoint is half written": (torch, "save", 2, "half", None),
     "before the second step": (treg, "take_step", 2, "before", 0),
@@ -2373,7 +2004,8 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(where, tmp_path):
     model, data = shutil.copytree(model_folder(), tmp_path / "m"), tmp_path / "p.jsonl"
     shutil.copy(data_file(), data)
     out = tmp_path / "out"
-    killed(*place, *words(out, model=model, data=data))
+    argv = words(out, model=model, data=data)
+    killed(*place, *argv)
     if saved is not None:
         shutil.rmtree(model)
         data.unlink()
@@ -2383,7 +2015,8 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(where, tmp_path):
         assert len(history(out)) == saved, "lines after the checkpoint go"
     elif not (out / "settings.json").exists():
         assert "--out" in refusal("--resume", out), "nothing is saved: it must be begun anew"
-        done(*words(out, model=model, data=data))
+        done(*argv)
+        assert end_of(out) == end_of(straight())
         return
     goes_on(out)
 
@@ -2426,16 +2059,18 @@ def test_a_run_folder_holds_what_others_load(tmp_path):
     assert "is not empty" in refusal(*words(out))
     assert "no other flag" in refusal("--resume", out, "--lr", 1)
     assert "holds no run" in refusal("--resume", model_folder())
+    none = words(tmp_path / "none", model=tmp_path / "model")
+    assert "is no model folder" in refusal(*none) and not (tmp_path / "none").exists()
     done(*words(tmp_path / "other", "--seed", 1, "--holdout", 0))
     assert history(tmp_path / "other")[0] != before[0][0], "another seed, another order"
 
 
 def test_which_pairs_are_trained_on_and_which_are_held_out(tmp_path, monkeypatch):
     """Those of --split; without it --holdout, a share or a number, the same for every seed."""
-    seen, splits = [], ["train"] * 6 + ["test"] * 2 + ["dev"] * 3
+    seen, splits = [], ["train"] * 6 + ["test"] * 2 + ["dev"] * 3 + ["Train"]
     rows = [json.loads(line) for line in data_file().read_text().splitlines()]
     rows = [row | {"split": split} for row, split in zip(rows, splits, strict=False)]
-    (tmp_path / "p.jsonl").write_text(treg.as_lines(rows))
+    (tmp_path / "p.jsonl").write_bytes(jsonl(*rows))
 
     def spy(model, pairs, s, out, heldout):
         seen.append(
@@ -2444,9 +2079,10 @@ def test_which_pairs_are_trained_on_and_which_are_held_out(tmp_path, monkeypatch
         raise treg.UserError("enough")
 
     monkeypatch.setattr(treg, "train", spy)
-    split = {"data": tmp_path / "p.jsonl"}
-    for number, flags in enumerate(([], ["--split", "dev"])):
-        refusal(*words(tmp_path / str(number), *flags, **split))
+    for number, (flags, unused) in enumerate((([], "dev"), (["--split", "dev"], "test"))):
+        _, said = command(*words(tmp_path / str(number), *flags, data=tmp_path / "p.jsonl"))
+        assert "1 rows of split Train are not used" in said
+        assert f"rows of split {unused} are not used" in said
     for seed in (0, 1):
         for name, flags in (("few", ["--max-pairs", 3]), ("share", ["--holdout", 0.2])):
             refusal(*words(tmp_path / f"{name}{seed}", "--seed", seed, *flags))
@@ -2475,12 +2111,6 @@ def test_one_process_at_a_time_in_a_folder(tmp_path, monkeypatch):
     assert len([*Path("runs").glob("*/summary.json")]) == 2, "two runs in one second"
 
 
-def test_a_folder_killed_in_its_first_write_can_be_begun_anew(tmp_path):
-    killed(os, "replace", 1, "before", *words(tmp_path / "out"))
-    done(*words(tmp_path / "out"))
-    assert end_of(tmp_path / "out") == end_of(straight())
-
-
 @pytest.mark.parametrize("owner, name", [(torch, "save"), (os, "fsync"), (treg, "open")])
 def test_a_full_disk_leaves_the_old_checkpoint_whole(owner, name, tmp_path, monkeypatch):
     def full(path=None, mode="", **options):
@@ -2499,12 +2129,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(owner, name, tmp_path, monk
 
 def test_nothing_is_unpickled_and_damage_is_named(tmp_path):
     out = shutil.copytree(killed_before_step_4(), tmp_path / "out")
-    bomb, packed = f"cos\nsystem\n(S'touch {tmp_path}/executed'\ntR.".encode(), io.BytesIO()
+    bomb = f"cos\nsystem\n(S'touch {tmp_path}/executed'\ntR.".encode()
+    packed, other = io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(packed, "w") as file:  # as torch.save does it
         file.writestr("archive/data.pkl", bomb)
         file.writestr("archive/version", "3\n")
+    torch.save({"other": 1}, other)
     settings = (b"", b"[]", b"\xff", b'{"settings": {"x": 1}}')
-    tensors = (b"", b"junk", bomb, packed.getvalue())
+    tensors = (b"", b"junk", bomb, packed.getvalue(), other.getvalue())
     files = {"settings.json": settings, "checkpoint.pt": tensors, "pairs.pt": tensors}
     for name, contents in files.items():
         whole = (out / name).read_bytes()
@@ -2515,13 +2147,6 @@ def test_nothing_is_unpickled_and_damage_is_named(tmp_path):
         (out / name).write_bytes(whole)
     assert not (tmp_path / "executed").exists(), "code hidden in a file of the run was executed"
     goes_on(out)
-
-
-@pytest.mark.parametrize("name", ["checkpoint.pt", "pairs.pt"])
-def test_a_file_of_another_program_is_named(name, tmp_path):
-    out = shutil.copytree(killed_before_step_4(), tmp_path / "out")
-    torch.save({"other": 1}, out / name)
-    assert "damaged" in refusal("--resume", out)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
@@ -2538,51 +2163,32 @@ def test_no_code_of_a_model_folder_runs(name, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def without_mlp(folder):
-    tensors = load_file(folder / "model.safetensors")
-    tensors = {name: w for name, w in tensors.items() if "mlp" not in name}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+def an_encoder():
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, vocab_size=500))
 
 
-def encoder(folder):
-    shape = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
-    config = transformers.BertConfig(num_attention_heads=2, initializer_range=0.3, **shape)
-    transformers.BertForMaskedLM(config).save_pretrained(folder)
-
-
-def no(name, content=None):
-    """-> a function that takes these files out of a folder, or writes something else into them."""
-
-    def spoil(folder):
-        for path in folder.glob(name):
-            path.unlink() if content is None else path.write_text(content)
-
-    return spoil
-
-
-# what is done to a model folder, and what must be said
-FOLDERS = {
-    "no folder": (shutil.rmtree, "is no model folder"),
-    "no config": (no("config.json"), "is no model folder"),
-    "a damaged config": (no("config.json", "{"), "cannot be loaded"),
-    "no weights": (no("model.safetensors"), "cannot be loaded"),
-    "damaged weights": (no("model.safetensors", "x"), "cannot be loaded"),
-    "a layer missing": (without_mlp, "weights missing: .*mlp.c_fc.weight"),
-    "no tokenizer": (no("tok*"), "tokenizer|load"),
-    "fewer embeddings": (lambda to: small_model(vocab_size=99).save_pretrained(to), "257 .* of 99"),
-    "an encoder": (encoder, "as an encoder"),
-    "an encoder-decoder": (
-        lambda to: transformers.T5Config().save_pretrained(to),
-        "is an encoder-",
-    ),
+FOLDERS = {  # what is saved over a model folder, or a file and its new content; what must be said
+    "no config": (("config.json", None), "is no model folder"),
+    "a damaged config": (("config.json", "{"), "cannot be loaded"),
+    "no weights": (("model.safetensors", None), "cannot be loaded"),
+    "damaged weights": (("model.safetensors", "x"), "cannot be loaded"),
+    "a layer missing": (lambda: model_of().config, r"weights missing: .*h\.1\.mlp\.c_fc\.weight"),
+    "no tokenizer": (("tok*", None), "tokenizer|load"),
+    "fewer embeddings": (lambda: model_of(vocab_size=99), "tokens, but embeddings of 99"),
+    "an encoder": (an_encoder, "sees later tokens, as an encoder"),
+    "an encoder-decoder": (transformers.T5Config, "is an encoder-decoder"),
 }
 
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_a_mistake_in_a_model_folder_is_named(case, tmp_path):
-    spoil, says = FOLDERS[case]
     folder = shutil.copytree(model_folder(), tmp_path / "model")
-    spoil(folder)
+    new, says = FOLDERS[case]
+    if callable(new):
+        new().save_pretrained(folder)
+    else:
+        for path in folder.glob(new[0]):
+            path.unlink() if new[1] is None else path.write_text(new[1])
     line = refusal(*words(tmp_path / "out", "--check-prompts", model=folder))
     assert re.match(rf"--model {re.escape(str(folder))}: .*({says})", line), line
 
@@ -2666,37 +2272,34 @@ def test_dropout_is_off_and_dpo_begins_with_margin_0_loss_ln_2_and_weight_half(
     assert {name: first[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
 
 
-def test_gradient_checkpointing_changes_no_metric_and_no_sample(tmp_path, monkeypatch):
-    out, flag = tmp_path / "out", "--gradient-checkpointing"
-    done(*words(out, flag))
+def test_gradient_checkpointing_computes_layers_anew_and_changes_nothing(tmp_path, monkeypatch):
+    flag, mlp, counts = (
+        "--gradient-checkpointing",
+        transformers.models.gpt2.modeling_gpt2.GPT2MLP,
+        [],
+    )
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda *args: counts.append(1) or forward(*args))
+
+    def layers(*argv):
+        """How often a layer is computed by a command."""
+        counts.clear()
+        done(*argv)
+        return len(counts)
+
+    out, resumed = tmp_path / "out", tmp_path / "resumed"
+    assert layers(*words(out, flag)) > layers(*words(tmp_path / "plain")) > 0
     for row, wanted in zip(history(out), history(straight()), strict=True):
         assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-    pairs, texts = treg.encode(bytes_tokenizer(), text_pairs(4)), []
-    for checkpointing, times in ((False, 1), (True, 2)):
-        model, calls = treg.load_model(str(model_folder()), checkpointing)[0], []
-        texts.append(treg.sample(model, bytes_tokenizer(), pairs, 0))
-        count = functools.partial(lambda calls, *_: calls.append(1), calls)
-        model.transformer.h[0].mlp.register_forward_pre_hook(count)
-        treg.response_logps(model, [[5]], [[6, 7]])[0].sum().backward()
-        assert len(calls) == times, "is a layer computed anew?"
+    killed(treg, "take_step", 4, "before", *words(resumed, flag))
+    plain = shutil.copytree(killed_before_step_4(), tmp_path / "resumed plain")
+    assert layers("--resume", resumed) > layers("--resume", plain), "a resumed run goes on with it"
+    pairs = treg.encode(tokenizer_of(None), text_pairs(4))
+    models = [treg.load_model(str(model_folder()), on)[0] for on in (False, True)]
+    texts = [treg.sample(model, tokenizer_of(None), pairs, 0) for model in models]
     assert texts[0] == texts[1], "checkpointed layers drop the key-value cache"
     line = refusal(*words(tmp_path / "other", flag, model=model_folder("openai-gpt")))
     assert flag in line and "cannot do it" in line
-    counts, mlp = [], transformers.models.gpt2.modeling_gpt2.GPT2MLP
-    forward, step = mlp.forward, treg.take_step
-
-    def counting(model, optimizer, batch, s, lr):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mlp, "forward", lambda *args: counts.append(1) or forward(*args))
-            row = step(model, optimizer, batch, s, lr)
-        counts.append(-len([*treg.packs(batch, s.pass_tokens)]))
-        return row
-
-    killed(treg, "take_step", 4, "before", *words(tmp_path / "killed", flag))
-    monkeypatch.setattr(treg, "take_step", counting)
-    done("--resume", tmp_path / "killed")
-    passes = -sum(count for count in counts if count < 0)
-    assert counts.count(1) == 2 * passes, "a resumed run goes on with it"
 
 
 @pytest.mark.parametrize("dtype, flags", [(torch.bfloat16, []), (torch.float32, ["--dtype=bf16"])])
@@ -2711,15 +2314,36 @@ def test_bf16_starts_at_the_reference_and_rounds_no_small_update_away(dtype, fla
     assert {w.dtype for w in after.values()} == {torch.float32}
 
 
-def test_the_saved_model_stops_at_the_end_token_that_it_has_learned(tmp_path):
-    """A base model whose own end is another, with settings that transformers 4 will not save."""
-    folder = shutil.copytree(model_folder(), tmp_path / "model")
-    own = {"eos_token_id": 7, "do_sample": False, "temperature": 0.6, "top_p": 0.9}
+def test_the_saved_model_stops_at_every_end_token_that_it_has_learned(tmp_path):
+    """Its own, its template's and that of a call; with settings that transformers 4 won't save."""
+    folder, tokenizer = shutil.copytree(model_folder(), tmp_path / "model"), tokenizer_of("gpt-oss")
+    tokenizer.save_pretrained(folder)
+    own = {**ODD, "eos_token_id": 7, "do_sample": False, "temperature": 0.6, "top_p": 0.9}
     (folder / "generation_config.json").write_text(json.dumps(own))
-    killed(treg, "take_step", 2, "before", *words(tmp_path / "out", model=folder))
+    rows = [
+        {"prompt": f"{i}", "chosen": [A("", tool_calls=CALL)], "rejected": "?"} for i in range(12)
+    ]
+    (tmp_path / "p.jsonl").write_bytes(jsonl(*rows))
+    argv = words(tmp_path / "out", model=folder, data=tmp_path / "p.jsonl")
+    killed(treg, "take_step", 2, "before", *argv)
     done("--resume", tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert saved["eos_token_id"] == [7, 0] and saved["temperature"] == 0.6
+    learned = tokenizer.convert_tokens_to_ids(["<|call|>", "<|return|>"])
+    assert saved["eos_token_id"] == [7, *sorted(learned)] and saved["temperature"] == 0.6
+
+
+def test_tokenizers_without_offsets_train_without_credit_figures(tmp_path):
+    marks = sorted({*"SayItisNo!. User: Assistant: 0123456789"} - {" "})
+    vocab = ["<unk>"] + [mark + end for mark in marks for end in ("@@", "")] + ["\n"]
+    (tmp_path / "v.json").write_text(json.dumps({mark: i for i, mark in enumerate(vocab)}))
+    (tmp_path / "m.txt").write_text("#version\n")
+    files = (str(tmp_path / "v.json"), str(tmp_path / "m.txt"))
+    tokenizer = transformers.CTRLTokenizer(*files, unk_token="<unk>", eos_token="<unk>")
+    model_of("ctrl", vocab_size=len(vocab)).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    said = done(*words(tmp_path / "o", "--alpha", 0, "--epochs", 1, model=tmp_path / "m"))
+    assert "gives no offsets, so there are no credit figures" in said
+    assert json.loads((tmp_path / "o/summary.json").read_text())["after"]["credit_auroc"] is None
 
 
 def test_out_of_memory_gets_advice_and_a_bug_does_not(tmp_path, monkeypatch):
@@ -2731,11 +2355,12 @@ def test_out_of_memory_gets_advice_and_a_bug_does_not(tmp_path, monkeypatch):
 
 
 def test_control_characters_are_shown_and_not_obeyed(tmp_path):
-    data = shutil.copy(data_file(6, prompt=f"Say {ESCAPE} 7"), tmp_path / f"p{ESCAPE}.jsonl")
-    said = done(*words(tmp_path / f"out{ESCAPE}", data=data))
-    said += refusal(*words(tmp_path / "out", data=tmp_path / f"none{ESCAPE}.jsonl"))
-    said += refusal(*words(tmp_path / "out"), f"--{ESCAPE}")
-    said += (tmp_path / f"out{ESCAPE}" / "report.html").read_text()
+    escape = "\x1b]0;owned\x07 \u202e"
+    data = shutil.copy(data_file(6, prompt=f"Say {escape} 7"), tmp_path / f"p{escape}.jsonl")
+    said = done(*words(tmp_path / f"out{escape}", data=data))
+    said += refusal(*words(tmp_path / "out", data=tmp_path / f"none{escape}.jsonl"))
+    said += refusal(*words(tmp_path / "out"), f"--{escape}")
+    said += (tmp_path / f"out{escape}" / "report.html").read_text()
     assert not re.search("[\x1b\x07\u202e]", said) and r"\x1b]0;owned" in said
 
 
@@ -2745,11 +2370,9 @@ def test_main_works_in_a_thread_whatever_standard_output_is(kind, tmp_path, monk
     streams["OutStream"] = type("OutStream", (io.TextIOBase,), {"write": lambda _, text: 1})()
     streams["closed"] = io.StringIO()
     streams["closed"].close()
-    argv = [str(word) for word in words(tmp_path / "out", "--epochs", 1)]
-    monkeypatch.setattr(sys, "stdout", streams[kind])
-    if kind != "closed":
-        monkeypatch.setattr(sys, "stderr", streams[kind])
-    statuses = []
+    for name in ("stdout",) if kind == "closed" else ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, streams[kind])
+    argv, statuses = [str(word) for word in words(tmp_path / "out", "--epochs", 1)], []
     thread = threading.Thread(target=lambda: statuses.append(treg.main(argv)))
     thread.start()
     thread.join()
@@ -2757,34 +2380,18 @@ def test_main_works_in_a_thread_whatever_standard_output_is(kind, tmp_path, monk
     assert statuses == [0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_windows_could_do_it_too(tmp_path, monkeypatch):
-    """No module resource; fsync wants a handle to write to; a file that is mapped stays."""
-    fcntl, fsync, replace = pytest.importorskip("fcntl"), os.fsync, os.replace
-
-    def windows_fsync(handle):
-        assert fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-        fsync(handle)
-
-    def windows_replace(source, target):
-        assert str(Path(target).resolve()) not in Path("/proc/self/maps").read_text()
-        replace(source, target)
-
+def test_a_run_goes_on_where_there_are_other_threads_and_no_module_resource(tmp_path, monkeypatch):
     out = shutil.copytree(killed_before_step_4(), tmp_path / "out")
     text = (out / "settings.json").read_text().replace('"threads": 1', '"threads": 99')
     (out / "settings.json").write_text(text)
-    monkeypatch.setattr(os, "fsync", windows_fsync)
-    monkeypatch.setattr(os, "replace", windows_replace)
-    monkeypatch.setitem(sys.modules, "resource", None)
-    spec = importlib.util.spec_from_file_location("treg_on_windows", treg.__file__)
-    monkeypatch.setitem(sys.modules, spec.name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(sys.modules[spec.name])
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    runpy.run_path(treg.__file__)
     assert "threads was 99 and is 1" in done("--resume", out)
     assert end_of(out) == end_of(straight())
     assert json.loads((out / "summary.json").read_text())["peak_memory_bytes"] is None
 
 
-# --------------------------------------------------------------------------------- the comparison
+# ---------------------------------------------------------------------------- 11 the comparison
 # Guards sections 9 and 10: variants are trained from the same weights on the same pairs, a
 # comparison that dies goes on, and the method does something.
 
@@ -2806,15 +2413,14 @@ def test_compare_trains_every_variant_from_the_reference_and_goes_on_after_a_kil
         hats.append([response.token_rewards for response in treg.sides(pairs)])
         rows = train(model, pairs, s, *args, **kwargs)
         credit = treg.losses(model, pairs, s)[2]
-        lengths = [len(response.ids) for response in treg.sides(pairs)]
-        learned.append([row[:length] for row, length in zip(credit, lengths, strict=True)])
+        learned.append([row[: len(hat)] for row, hat in zip(credit, hats[-1], strict=True)])
         return rows
 
     monkeypatch.setattr(treg, "train", spy)
     said = done(*compared(tmp_path / "straight"))
     assert all(torch.equal(start, starts[0]) for start in starts)
     assert len(orders) == 1, "the same pairs in the same order"
-    size = sum(w.numel() for w in small_model(num_hidden_layers=1).parameters())
+    size = sum(w.numel() for w in model_of(num_hidden_layers=1).parameters())
     dpo = (0.1, 0.0, 1e-3)
     simpo = (2.5, 1.0, float(f"{5e-7 * math.sqrt(8e9 / size):.1e}"))  # --lr is on DPO's scale
     wanted = [("dpo", alpha, "sequence", "contrastive", *dpo) for alpha in (0.0, 0.25)]
@@ -2826,7 +2432,7 @@ def test_compare_trains_every_variant_from_the_reference_and_goes_on_after_a_kil
     by_dpo = [torch.sigmoid(credit) - 0.5 for credit in learned[6]]
     for call, rewards in ((7, by_dpo), (9, [-hat for hat in hats[1]]), (2, hats[1]), (3, hats[1])):
         assert all(map(functools.partial(torch.allclose, atol=1e-6), hats[call], rewards)), call
-    results = [json.loads(line) for line in (tmp_path / "straight/compare.jsonl").open()]
+    results = history(tmp_path / "straight", "compare.jsonl")
     work = [(seed, name) for seed in (0, 1) for name in treg.VARIANTS]
     assert [(result["seed"], result["variant"]) for result in results] == work
     assert "learned by DPO-REG" in (tmp_path / "straight/report.html").read_text()
@@ -2840,64 +2446,48 @@ def test_compare_trains_every_variant_from_the_reference_and_goes_on_after_a_kil
     assert [re.split("  +", line)[0] for line in tables.pop().splitlines()[2:]] == [*treg.VARIANTS]
 
 
-def test_variants_and_a_judge_of_ones_own(tmp_path, monkeypatch):
-    path = tmp_path / "v.json"
-    (tmp_path / "answer.json").write_text('{"better": "{prompt} well", "worse": "{prompt} ill"}')
-    variants = {"small": {"lr": 1e-5, "alpha": 0}, "large": {"beta": 0.5}}
-    variants |= {kind: {"prompts": kind} for kind in ("revise", "answer", "answer.json")}
-    path.write_text(json.dumps(variants))
-    monkeypatch.chdir(tmp_path)
-    s = treg.parse([str(word) for word in compared("out", "--variants", path)])
-    Path("out").mkdir()
-    hats, train = [], treg.train
-
-    def spy(model, pairs, *args, **kwargs):
-        hats.append(pairs[0].chosen.token_rewards)
-        return train(model, pairs, *args, **kwargs)
-
-    monkeypatch.setattr(treg, "train", spy)
-    results = treg.compare(s, Path("out"), judge=lambda pair, text: 0.25)
-    assert [result["variant"] for result in results] == [*variants] * 2
-    assert {result["score"] for result in results} == {0.25}
-    assert [*results[0]["each"].values()] == [0.25] * 4 and results[0]["margin"] != results[1][
-        "margin"
-    ]
-    same = [[torch.equal(hats[i], hats[j]) for j in range(5)] for i in (0, 2, 4)]
-    assert same[0] == [True, True, False, True, False], "r̂ of its own prompts"
-    assert same[1:] == [[i == j for j in range(5)] for i in (2, 4)], "of its own file"
-
-
-def test_a_comparison_that_is_interrupted_says_how_to_go_on_and_needs_no_other_file(
-    tmp_path, monkeypatch
-):
+def test_variants_and_a_judge_of_ones_own_outlive_an_interruption(tmp_path, monkeypatch):
     """With the tiny model, whose own learning rate must come back."""
-    path, data, out = tmp_path / "v.json", tmp_path / "p.jsonl", tmp_path / "out"
-    path.write_text('{"a": {"alpha": 0}, "b": {"alpha": 0.5}}')
+    monkeypatch.chdir(tmp_path)
+    Path("own.json").write_text('{"better": "{prompt} well", "worse": "{prompt} ill"}')
+    variants = {"small": {"lr": 1e-5, "alpha": 0}, "large": {"beta": 0.5}}
+    variants |= {kind: {"prompts": kind} for kind in ("revise", "own.json", "answer")}
+    Path("v.json").write_text(json.dumps(variants))
     lines = Path(treg.TINY_DATA).read_text("utf-8").splitlines(keepends=True)
-    data.write_text("".join(lines[:30] + lines[900:916] + lines[-8:]))
+    Path("p.jsonl").write_text("".join(lines[:30] + lines[900:916] + lines[-4:]))
     monkeypatch.setattr(treg, "make_tiny", functools.partial(treg.make_tiny, steps=0))
-    rates, train, stops = [], treg.train, [False, True, False]
+    calls, rates, hats, train = itertools.count(1), [], [], treg.train
 
     def interrupted(model, pairs, s, **options):
-        rates.append(s.lr)
-        if stops.pop(0):
+        if next(calls) == 5:
             raise KeyboardInterrupt
+        rates.append(s.lr)
+        hats.append(pairs[0].chosen.token_rewards)
         return train(model, pairs, s, **options)
 
     monkeypatch.setattr(treg, "train", interrupted)
-    status, said = command("--compare", 1, "--variants", path, "--data", data, "--out", out)
-    path.unlink()
-    data.unlink()
-    assert status == 130 and f"--resume {out}" in said
-    assert re.search(r"\na  .*\nb  ", done("--resume", out)) and rates == [4e-4] * 3
+    argv = ["--compare", "1", "--variants", "v.json", "--data", "p.jsonl", "--out", "out"]
+    with pytest.raises(KeyboardInterrupt, match="--resume out goes on"):
+        treg.run(treg.parse(argv), judge=lambda pair, text: 0.25)
+    Path("v.json").unlink()
+    Path("p.jsonl").unlink()
+    treg.run(treg.parse(["--resume", "out"]), judge=lambda pair, text: 0.25)
+    results = history("out", "compare.jsonl")
+    assert [result["variant"] for result in results] == [*variants]
+    assert {result["score"] for result in results} == {0.25}
+    assert [*results[0]["each"].values()] == [0.25] * 4
+    assert rates == [1e-5, 4e-4, 4e-4, 4e-4, 4e-4]
+    assert results[1]["margin"] != results[4]["margin"], "β is another"
+    same = [[torch.equal(hats[i], hats[j]) for j in range(5)] for i in (0, 2, 3)]
+    assert same[0] == [True, True, False, False, True], "r̂ of its own prompts"
+    assert same[1:] == [[i == j for j in range(5)] for i in (2, 3)], "of its own file"
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_default_run_raises_the_score_by_a_fifth(seed, tmp_path, monkeypatch):
     """To save time with a third of the warm-up and of the test, and half of the training."""
-    rows = [json.loads(line) for line in Path(treg.TINY_DATA).read_text("utf-8").splitlines()]
-    (tmp_path / "data.jsonl").write_text(treg.as_lines(rows[300:-110]))
-    assert {row["split"] for row in rows[-150:]} == {"test"}
+    lines = Path(treg.TINY_DATA).read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "data.jsonl").write_text("".join(lines[300:-110]))
     monkeypatch.setattr(treg, "make_tiny", functools.partial(treg.make_tiny, steps=700))
     flags = ["--data", tmp_path / "data.jsonl", "--max-pairs", 140, "--out", tmp_path / "run"]
     said = done("--seed", seed, *flags)
@@ -2915,19 +2505,8 @@ def test_the_tiny_model_is_a_function_of_the_seed():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_lora_trains_its_adapters_alone():
-    peft = pytest.importorskip("peft")
-    base = small_model()
-    kept = {name: w.clone() for name, w in base.state_dict().items()}
-    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
-    model = peft.get_peft_model(base, config)
-    pairs = treg.annotate(model, bytes_tokenizer(), text_pairs())
-    history = treg.train(model, pairs, lr=1e-2, epochs=5)
-    assert abs(history[0]["margin"]) < 1e-5 and history[-1]["margin"] > 0.01
-    for name, w in model.unload().state_dict().items():
-        assert torch.equal(w, kept[name]), name
-
-
+# ----------------------------------------------------------------------------------- 12 README
+# Guards README.md: every command, snippet, answer and name in it is true.
 README = (HERE / "README.md").read_text(encoding="utf-8")
 README_LINES = re.findall(r"`(python treg[^`]*)`", README) + README.splitlines()
 README_COMMANDS = {line for line in README_LINES if re.match("python treg.py(?! --help)", line)}
@@ -2967,16 +2546,16 @@ def at_place(place, monkeypatch):
 
 
 @pytest.mark.parametrize("command", sorted(README_COMMANDS))
-def test_readme_command_runs_at_its_smallest_setting(command, at_place, tmp_path, capsys):
+def test_readme_command_runs_at_its_smallest_setting(command, at_place, tmp_path):
     out, argv = str(tmp_path / "out"), shlex.split(command)[2:]
     small = ["--max-pairs", "4", "--holdout", "4", "--epochs", "1", "--out", out]
     if "--resume" in argv:
-        assert treg.main(["--model", "DIR", "--data", "pairs.jsonl", *small]) == 0
+        done("--model", "DIR", "--data", "pairs.jsonl", *small)
         argv[argv.index("--resume") + 1] = out
     else:
         argv += small if "--data" in argv else ["--data", "few.jsonl", *small]
         argv += ["--compare", "1"] if "--compare" in argv else []
-    assert treg.main(argv) == 0, capsys.readouterr().err
+    done(*argv)
 
 
 @pytest.mark.parametrize("words", ["def show(", "mask = torch.tensor"])
@@ -3076,14 +2655,13 @@ def test_exercises_come_out_as_the_readme_says():
         assert factors.tolist() == pytest.approx([1.2, 0.875, 0.85, 1.1]), "8"
 
 
-def test_exercises_with_the_tiny_model(at_place, capsys):
-    assert treg.main(["--data", "few.jsonl", "--check-prompts", "--prompts", "mine.json"]) == 0
-    shares = re.findall(r"(answer|mine.json): pair accuracy (\S+)", capsys.readouterr().out)
+def test_exercises_with_the_tiny_model(at_place):
+    said = done("--data", "few.jsonl", "--check-prompts", "--prompts", "mine.json")
+    shares = re.findall(r"(answer|mine.json): pair accuracy (\S+)", said)
     assert sum(float(share) for _, share in shares) == pytest.approx(1, abs=2e-3), "7"
     model, tokenizer = treg.load_model("DIR")
     pairs = treg.annotate(model, tokenizer, treg.load_pairs("few.jsonl", "test"))
-    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    each = [treg.credit_auroc(r.token_rewards[:-1], r.good[:-1]) for r in responses]
+    each = [treg.credit_auroc(r.token_rewards[:-1], r.good[:-1]) for r in treg.sides(pairs)]
     each = [value for value in each if not math.isnan(value)]
     metrics, _ = treg.evaluate(model, tokenizer, pairs)
     assert sum(each) / len(each) == pytest.approx(metrics["token_reward_auroc"]), "9"
@@ -3271,7 +2849,7 @@ def scatter(points, width=60, height=16):
 
 
 def make_map(folder, lengths=MAP_LENGTHS, sizes=MAP_SIZES, seeds=8, heldout=150, warm_steps=2000):
-    """Run, or finish, all cells; print the map, its test and its plot. -> one dict for each cell."""
+    """Run, or finish, all cells; print the map, its test and its plot. -> a dict for each cell."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     each = 2 * (len(RATES) + len(BETAS)) + seeds * len(MAP_VARIANTS)
     cells, points = [], []
