@@ -1360,7 +1360,7 @@ def test_a_window_counts_from_the_rows_that_reach_it_and_for_good(capsys):
     model, tokenizer = model_of("mistral", sliding_window=40), tokenizer_of()
     assert treg.full_attention(model, 40) and not treg.full_attention(model, 41)
     model = model_of("mistral", sliding_window=60)
-    short, long = [pair_of()], [pair_of("A crow. " * 30)]
+    short, long = [pair_of()], [pair_of(), pair_of("A crow. " * 30)]
     for pairs, shares in ((short, True), (long, False), (short, False)):
         treg.annotate(model, tokenizer, pairs, alpha=0.0)
         assert model.shares_prompts == shares
@@ -1521,6 +1521,8 @@ def test_annotate_writes_the_reference_and_the_token_rewards_of_the_contrastive_
     bare = treg.encode(tokenizer, text_pairs(1))
     with pytest.raises(treg.UserError, match="without contrastive prompts"):
         treg.annotate(model, tokenizer, bare)
+    treg.annotate(model, tokenizer, bare, alpha=0)
+    assert bare[0].chosen.ref_logps is None, "encoded pairs are left as they are too"
 
 
 def test_variants_and_controls_write_their_token_rewards_and_leave_the_pairs_as_they_were():
