@@ -734,11 +734,12 @@ def load_splits(source):
     prompted, bare = False, []  # does a row have a prompt column? the places of those without
     for where, row in bar(read_rows(str(source)), desc="read", unit=" rows"):
         try:
-            row = as_object(row, where)
-            pair = read_pair(row, where)
+            row = as_object(row)
+            pair = read_pair(row)
         except UserError as error:
-            bad.append(str(error))
+            bad.append(f"{where}: {error}")
             continue
+        pair.where = where
         if any(given(row, name) is not None for name in PROMPT_COLUMNS):
             prompted = True
         else:
@@ -758,13 +759,12 @@ def read_rows(source):
     A row is a dict; or the bytes of a line of JSON, so that one bad line does not hide the next.
     """
     path, kind = Path(source), source.removesuffix(".gz").rpartition(".")[2]
-    files = ("json", "jsonl", "csv", "parquet")
-    if kind not in files and not path.exists():
+    known = kind in ("json", "jsonl", "csv", "parquet")
+    if not known and not path.exists():
         yield from hub_rows(source)
         return
-    why = "is a folder" if path.is_dir() else "unknown ending" if path.exists() else "no such file"
-    known = path.is_file() and kind in files
-    need(known, f"{path}: {why}; name a .json, .jsonl, .csv or .parquet file")
+    what = f"{path}: no such file, or of unknown ending"
+    need(known and path.is_file(), f"{what}; name a .json, .jsonl, .csv or .parquet file")
     with explain(f"{path}: not valid {kind}", "mend the file or write it again"):
         data = path.read_bytes()
         if path.suffix == ".gz":
@@ -773,16 +773,15 @@ def read_rows(source):
         if kind == "parquet":
             # not by datasets, which takes brackets in a file's name for a pattern
             rows = parquet.read_table(io.BytesIO(data)).to_pylist()
-            yield from ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1))
         elif kind == "csv":
-            yield from csv_rows(path, data)
-        elif kind == "json" and not one_row_a_line(data):
+            rows = csv_rows(path, data)
+        elif kind == "json" and data.lstrip().startswith(b"["):
             rows = json.loads(data, object_pairs_hook=without_twins)
-            need(isinstance(rows, list), f"{path}: must hold one list of rows, or a row a line")
-            yield from ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1))
-        else:
+        else:  # JSON Lines, which many tools write into a file that they call .json
             lines = enumerate(data.split(b"\n"), 1)  # bytes: only a newline ends a line
             yield from ((f"{path}:{i}", line) for i, line in lines if line.strip())
+            return
+        yield from ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1))
 
 
 def hub_rows(name):
@@ -802,39 +801,32 @@ def csv_rows(path, data):
     csv.field_size_limit(2**31 - 1)
     lines = io.StringIO(data.decode("utf-8", "surrogateescape").lstrip(), newline="")
     reader = csv.DictReader(lines, strict=True)
-    twins = [name for name, count in Counter(reader.fieldnames).items() if name and count > 1]
-    need(not twins, f"{path}: has the column {', '.join(twins)} twice; take one of them out")
-    i = 0
+    without_twins([(name, None) for name in reader.fieldnames or () if name])
+    count = 0
     try:
-        for i, row in enumerate(reader, 1):
-            yield f"{path}:row {i}", row
+        for row in reader:
+            yield row
+            count += 1
     except csv.Error as error:
-        where = f"{path}:row {i + 1}: here or after it not valid csv"
+        where = f"{path}:row {count + 1}: here or after it not valid csv"
         raise UserError(f"{where} ({error}); mend its quotes") from None
 
 
-def one_row_a_line(data):
-    """Many tools write JSON Lines into a file that they call .json."""
-    with contextlib.suppress(ValueError):
-        return isinstance(json.loads(data.lstrip().partition(b"\n")[0]), dict)
-    return False
-
-
 def without_twins(items):
-    """An object of JSON as a dict. A name that stands twice says two things."""
+    """Names and values -> a dict. A name that stands twice says two things."""
     twins = [name for name, count in Counter(name for name, _ in items).items() if count > 1]
     if twins:
         raise ValueError(f"the name {', '.join(twins)} stands twice")
     return dict(items)
 
 
-def as_object(row, where):
+def as_object(row):
     """A row, or a line of JSON, as a dict."""
     if isinstance(row, bytes):
-        with explain(f"{where}: not valid JSON, or not UTF-8", "mend the line or take it out"):
+        with explain("not valid JSON, or not UTF-8", "mend the line or take it out"):
             row = json.loads(row, object_pairs_hook=without_twins)
-    need(isinstance(row, dict), f"{where}: a row is an object; it {WANTED}")
-    need(None not in row, f"{where}: more cells than columns; quote cells that hold commas")
+    need(isinstance(row, dict), f"a row is an object; it {WANTED}")
+    need(None not in row, "more cells than columns; quote cells that hold commas")
     return row
 
 
@@ -860,40 +852,37 @@ def given(row, name):
     return None if blank else value
 
 
-def read_pair(row, where):
+def read_pair(row):
     """A row of any documented format -> a Pair of texts. UserError: it cannot be used, and why."""
     columns = [str(name) for name in row if given(row, name) is not None]
     found = f"a row {WANTED}; found {shorten(', '.join(columns)) or 'nothing'}"
     for side in ("chosen", "rejected"):
         there = side in columns or isinstance(row.get(side), str)  # blank: encode drops the pair
-        need(there, f"{where}: {side} is missing; {found}")
-    chosen = read_turns(row["chosen"], f"{where}: chosen", "assistant")
-    rejected = read_turns(row["rejected"], f"{where}: rejected", "assistant")
+        need(there, f"{side} is missing; {found}")
+    chosen = read_turns(row["chosen"], "chosen", "assistant")
+    rejected = read_turns(row["rejected"], "rejected", "assistant")
     alike = chosen[:-1] == rejected[:-1]
-    need(alike, f"{where}: chosen and rejected must be the same up to their last message")
+    need(alike, "chosen and rejected must be the same up to their last message")
 
-    prompt = read_prompt(row, where)
-    asked = any(message["role"] == "user" for message in prompt + chosen[:-1])
-    need(asked, f"{where}: has no prompt; {found}")
-    prompt = agreed(prompt, chosen[:-1], where)
-    ends = prompt[-1]["role"] in ("user", "tool")
-    need(ends, f"{where}: prompt must end with a message of the user's")
+    prompt = agreed(read_prompt(row), chosen[:-1])
+    roles = [message["role"] for message in prompt]
+    asks = "user" in roles and roles[-1] in ("user", "tool")
+    need(asks, f"has no prompt that ends with a message of the user's; {found}")
     seen = "\n".join(message["content"] for message in prompt)
     for name in UNREAD:
         lost = name in columns and not all(text in seen for text in words_of(row[name]))
-        need(not lost, f"{where}: the column {name} would not be seen; put it into the prompt")
+        need(not lost, f"the column {name} would not be seen; put it into the prompt")
     if dialogue(row.get("prompt")):  # its responses are stripped as its turns are
         for message in (chosen[-1], rejected[-1]):
             message["content"] = message["content"].strip()
             later = re.search(r"\n\n(Human|Assistant):", message["content"])
-            need(not later, f"{where}: a response holds turns of its own; give the last one alone")
+            need(not later, "a response holds turns of its own; give the last one alone")
     return Pair(
         prompt=prompt,
-        chosen=read_response(chosen[-1], row, "chosen", where),
-        rejected=read_response(rejected[-1], row, "rejected", where),
-        where=where,
-        tools=read_list(row, "tools", is_tool, "function descriptions, each with a name", where),
-        answers=read_list(row, "answers", is_text, "texts", where),
+        chosen=read_response(chosen[-1], row, "chosen"),
+        rejected=read_response(rejected[-1], row, "rejected"),
+        tools=read_list(row, "tools", tool_name, "function descriptions, each with a name"),
+        answers=read_list(row, "answers", lambda text: isinstance(text, str), "texts"),
     )
 
 
@@ -906,37 +895,29 @@ def words_of(value):
 
 def read_text(value, what):
     """The value, if it is a text that can be trained on; what it is called in the UserError."""
-    need(isinstance(value, str), f"{what} must be text, not {type(value).__name__}")
-    need(value.strip(), f"{what} is blank; give it text or take the row out")
-    broken = re.search("[\ud800-\udfff]", value)
-    need(not broken, f"{what} holds what is no character; save it as UTF-8")
+    sound = isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
+    need(sound, f"{what} must be text, not blank, and saved as UTF-8; found {shorten(repr(value))}")
     return value
 
 
-def read_list(row, name, sound, wanted, where):
+def read_list(row, name, sound, wanted):
     """A list in a column, perhaps as JSON, whose items are all sound; None where it is absent."""
     value = given(row, name)
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with explain(f"{where}: {name} is a list turned into text", "save the data as .jsonl"):
+        with explain(f"{name} is a list turned into text", "save the data as .jsonl"):
             value = json.loads(value)
     if isinstance(value, str):
         value = [value]
     fits = value is None or isinstance(value, list) and all(map(sound, value))
-    need(fits, f"{where}: {name} must be a list of {wanted}")
+    need(fits, f"{name} must be a list of {wanted}")
     return value
 
 
-def is_text(value):
-    return isinstance(value, str)
-
-
-def is_two(turn):
-    return isinstance(turn, list) and len(turn) == 2
-
-
-def is_tool(tool):
-    tool = tool.get("function", tool) if isinstance(tool, dict) else None
-    return isinstance(tool, dict) and isinstance(tool.get("name"), str)
+def tool_name(tool):
+    """The name in a function description; None: it has none, so it is no description."""
+    about = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = about.get("name") if isinstance(about, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def read_turns(value, what, role):
@@ -958,8 +939,7 @@ def read_turns(value, what, role):
         turns.pop()  # HH text ends with "Assistant:"
     blank = any(turn["role"] == "user" and not turn["content"].strip() for turn in turns)
     need(not blank, f"{what}: a message of the user's is blank")
-    need(turns, f"{what} holds no message")
-    ends = role == "user" or turns[-1]["role"] == role
+    ends = role == "user" or turns and turns[-1]["role"] == role
     need(ends, f"{what} must end with a message of the assistant's")
     return turns
 
@@ -977,77 +957,77 @@ def dialogue(text):
 
 def read_message(message, what):
     """A message without its absent fields; a list of text parts becomes one text."""
-    need(isinstance(message, dict), f"{what}: a message is an object with role and content")
+    wanted = f"{what}: a message has a role of {', '.join(ROLES)}, content that is text, and"
+    wanted += f" tool_calls, not function_call; found {shorten(repr(message))}"
+    need(isinstance(message, dict), wanted)
     message = {name: message[name] for name in message if given(message, name) is not None}
-    found = f"found {shorten(', '.join(map(str, message)))}"
-    known = message.get("role") in ROLES
-    need(known, f"{what}: a message has content and a role of {', '.join(ROLES)}; {found}")
-    old = "function_call" in message
-    need(not old, f"{what}: function_call would not be seen; write it as tool_calls")
     content = message.get("content", "")
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        need(all(isinstance(text, str) for text in texts), f"{what}: holds more than text")
-        content = "".join(texts)
-    need(isinstance(content, str), f"{what}: content must be text or a list of text parts")
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    sound = message.get("role") in ROLES and isinstance(content, str)
+    need(sound and "function_call" not in message, wanted)
     for text in filter(str.strip, texts_in({**message, "content": content})):
         read_text(text, what)
     return {**message, "content": content}
 
 
-def read_prompt(row, where):
+def read_prompt(row):
     """What all columns but the responses say of the prompt -> messages, perhaps none."""
     names = [name for name in PROMPT_COLUMNS if given(row, name) is not None]
     alike = len({str(row[name]).strip() for name in names}) < 2
-    need(alike, f"{where}: {' and '.join(names)} say different things; take one of them out")
-    turns = read_turns(row[names[0]], f"{where}: {names[0]}", "user") if names else []
+    need(alike, f"{' and '.join(names)} say different things; take one of them out")
+    turns = read_turns(row[names[0]], names[0], "user") if names else []
     if given(row, "input") is not None:
-        fits = names[:1] == ["instruction"]
-        need(fits, f"{where}: the column input goes with instruction alone")
-        extra = read_text(row["input"], f"{where}: input")
+        need(names[:1] == ["instruction"], "the column input goes with instruction alone")
+        extra = read_text(row["input"], "input")
         turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n\n{extra}"}
     before = []
     if given(row, "system") is not None:
         twice = any(turn["role"] in ("system", "developer") for turn in turns)
-        need(not twice, f"{where}: has two system messages; take one of them out")
-        before.append({"role": "system", "content": read_text(row["system"], f"{where}: system")})
-    for turn in read_list(row, "history", is_two, "[user's text, assistant's]", where) or ():
-        user, assistant = (read_text(text, f"{where}: history") for text in turn)
+        need(not twice, "has two system messages; take one of them out")
+        before.append({"role": "system", "content": read_text(row["system"], "system")})
+    wanted = "[user's text, assistant's]"
+    turns_of_two = read_list(row, "history", lambda t: isinstance(t, list) and len(t) == 2, wanted)
+    for turn in turns_of_two or ():
+        user, assistant = (read_text(text, "history") for text in turn)
         before += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return before + turns
 
 
-def agreed(prompt, shared, where):
-    """The prompt of a row that has it in columns, or in its message lists, or in both."""
-    if not prompt or not shared:
-        return prompt or shared
-    if len(prompt) == 1 and prompt[0]["role"] == "user":
-        said = prompt[0]["content"].strip()
-        if any(m["role"] == "user" and m["content"].strip() == said for m in shared):
-            return shared
-    longer, shorter = sorted((prompt, shared), key=len, reverse=True)
-    if longer[-len(shorter) :] == shorter or longer[: len(shorter)] == shorter == prompt:
-        return longer  # one repeats the other, perhaps without its system message
+def agreed(prompt, shared):
+    """One prompt from what the columns say and what both message lists begin with.
+
+    Where one says all that the other does, perhaps without the system message, it is that one.
+    """
+
+    def stripped(messages):
+        return [{**message, "content": message["content"].strip()} for message in messages]
+
+    starts = range(len(shared) - len(prompt) + 1) if shared else ()
+    if any(stripped(shared[i : i + len(prompt)]) == stripped(prompt) for i in starts):
+        return shared
+    if prompt[len(prompt) - len(shared) :] == shared:
+        return prompt
     systems = ("system", "developer")
     if all(m["role"] in systems for m in prompt) and shared[0]["role"] not in systems:
         return prompt + shared
-    raise UserError(f"{where}: prompt and the messages before the last say different things")
+    raise UserError("prompt and the messages before the last say different things")
 
 
-def read_response(message, row, side, where):
+def read_response(message, row, side):
     """The last message of a side, and its error spans -> a Response."""
-    text = message["content"]
+    text, name = message["content"], f"{side}_errors"
 
     def is_span(span):
         whole = isinstance(span, list) and [type(end) for end in span] == [int, int]
         return whole and 0 <= span[0] < span[1] <= len(text)
 
-    errors = read_list(row, f"{side}_errors", is_span, "[start, end) within the text", where)
-    if errors is None and row.get(f"{side}_errors") == []:
-        errors = []  # labelled, and without an error
-    if errors is not None:
-        moved = isinstance(row[side], str) and text != row[side]
-        need(not moved, f"{where}: {side}_errors would shift; give prompt and responses apart")
+    errors = read_list(row, name, is_span, "[start, end) within the text")
+    if row.get(name) == []:  # labelled, and without an error
+        errors = []
+    moved = errors is not None and isinstance(row[side], str) and text != row[side]
+    need(not moved, f"{name} would shift; give prompt and responses apart")
     return Response(message, errors)
 
 
@@ -1162,8 +1142,7 @@ def left_out(messages, text, tools=None):
         for message in messages
         for name, words in said_in(message)
     ]
-    names = [tool.get("function", tool)["name"] for tool in tools or ()]
-    said += [(f"the tool {name}", name) for name in names]
+    said += [(f"the tool {name}", name) for name in map(tool_name, tools or ())]
     for what, words in said:
         forms = {words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1]}
         if sum(map(text.count, forms)) < sum(other.count(words) for _, other in said):
