@@ -838,9 +838,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 UNREAD = ("query", "problem", "messages", "context", "system_prompt", "documents", "functions")
 UNREAD += ("image", "images", "videos", "audio", "chat_template_kwargs")
 # a list of messages that csv has turned into text
-LISTED = re.compile(
-    r"""\s*\[?\s*\{(?=.*['"](role|from)['"]\s*:)(?=.*['"](content|value)['"]\s*:)""", re.S
-)
+LISTED = re.compile(r"""(?s)\s*\[?\s*\{(?=.*['"](role|from)['"]:)(?=.*['"](content|value)['"]:)""")
 
 
 def given(row, name):
@@ -1050,13 +1048,6 @@ def plain_template(tokenizer):
     return "{{ bos_token }}" + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
 
 
-def render(tokenizer, messages, tools=None, **options):
-    """The messages in the model's template, as text."""
-    if not tokenizer.chat_template:
-        options["chat_template"] = plain_template(tokenizer)
-    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
-
-
 def merged(messages):
     """The messages with what the system says at the beginning of the user's first message."""
     system, *rest = messages
@@ -1076,33 +1067,33 @@ def in_template(tokenizer, messages, reply, tools=None):
     reply: the assistant's message.
     UserError: the template refuses the messages, or leaves some of what they say out.
     """
+    render = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
     ways = [messages]
     if messages[0]["role"] in ("system", "developer"):
         ways.append(merged(messages))
     mark = {"role": "assistant", "content": SNOWMAN}
     problems = []
-    for shape in (dict, as_parts):
-        for way in ways:
-            prompt = [shape(message) for message in way]
-            try:
-                whole = render(tokenizer, [*prompt, shape(reply)], tools)
-                around = render(tokenizer, [*prompt, shape(mark)], tools)
-                opened = render(tokenizer, prompt, tools, add_generation_prompt=True)
-            except Exception as error:  # jinja has many
-                problems.append(f"the chat template refuses it: {one_line(error)}")
-                continue
-            lost = left_out([*way, mark], around, tools)
-            if repr(shape(mark)["content"]) in around and shape is as_parts:
-                lost = "what is text in a list of parts"  # it writes the list as Python does
-            if lost:
-                problems.append(f"the chat template leaves out {lost}")
-                continue
-            head, _, tail = around.rpartition(SNOWMAN)
-            if not whole.endswith(tail):  # a tool call may end otherwise than an answer
-                tail = whole[max(map(whole.rfind, special_tokens(tokenizer))) :]
-            words = way[-1]["content"].strip()
-            asked = head.rfind(words) + len(words)
-            return *split_reply(whole, head, tail, opened, asked, reply), tail
+    for shape, way in itertools.product((dict, as_parts), ways):
+        prompt = [shape(message) for message in way]
+        try:
+            whole = render([*prompt, shape(reply)])
+            around = render([*prompt, shape(mark)])
+            opened = render(prompt, add_generation_prompt=True)
+        except Exception as error:  # jinja has many
+            problems.append(f"the chat template refuses it: {one_line(error)}")
+            continue
+        lost = left_out([*way, mark], around, tools)
+        if repr(as_parts(mark)["content"]) in around:
+            lost = "what is text in a list of parts"  # it writes the list as Python does
+        if lost:
+            problems.append(f"the chat template leaves out {lost}")
+            continue
+        head, _, tail = around.rpartition(SNOWMAN)
+        if not whole.endswith(tail):  # a tool call may end otherwise than an answer
+            tail = whole[max(map(whole.rfind, special_tokens(tokenizer))) :]
+        words = way[-1]["content"].strip()
+        asked = head.rfind(words) + len(words)
+        return *split_reply(whole, head, tail, opened, asked, reply), tail
     raise UserError(problems[0])
 
 
@@ -1176,14 +1167,14 @@ def special_tokens(tokenizer):
 
 def end_token(tokenizer, tail):
     """-> (id of the end token, what stands before it) of what the template writes after a reply."""
+    special = special_tokens(tokenizer)
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    for tokens in (special_tokens(tokenizer), added):  # some end in one not marked as special
-        found = [(tail.find(token), -len(token), token) for token in tokens if token.strip()]
-        found = [place for place in found if place[0] >= 0]
-        if found:
-            at, _, token = min(found)
-            return tokenizer.convert_tokens_to_ids(token), tail[:at]
-    return tokenizer.eos_token_id, ""
+    found = [token for token in special | added if token.strip() and token in tail]
+    if not found:
+        return tokenizer.eos_token_id, ""
+    # the first and longest; one that is not marked as special only where there is no other
+    end = min(found, key=lambda token: (token not in special, tail.find(token), -len(token)))
+    return tokenizer.convert_tokens_to_ids(end), tail[: tail.find(end)]
 
 
 # Turn markers of other models. With the tokenizer's own they tell a text that has been through a
@@ -1200,8 +1191,11 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
     taken off and counted: each gets exactly one. Dropped and counted are pairs whose responses are
     blank or the same, whose texts hold markers of a chat template, or whose longest prompt and
     response have more than max_length tokens (a cut could change who won).
+    A tokenizer without a chat template gets the plain one.
     UserError: names the rows that the chat template cannot take.
     """
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = plain_template(tokenizer)
     own = [token for token in special_tokens(tokenizer) if not THOUGHTS.fullmatch(token)]
     marks = "|".join([MARKS, *map(re.escape, sorted(own, key=len, reverse=True))])
     dropped, cleaned, bad, encoded = Counter(), 0, [], []
@@ -1686,7 +1680,7 @@ def make_tiny(pairs, seed, steps=2000):
 
 
 def tiny_tokenizer(pairs):
-    """Byte-level BPE, learned on these pairs, with the plain chat template."""
+    """Byte-level BPE, learned on these pairs."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -1703,11 +1697,9 @@ def tiny_tokenizer(pairs):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>"
     )
-    tokenizer.chat_template = PLAIN_TEMPLATE
-    return tokenizer
 
 
 # ------------------------------------------------------------------------------------ 10 compare
@@ -2020,7 +2012,7 @@ def best_device():
 
 
 def load_model(name, checkpointing=False):
-    """-> (model with float32 weights and no dropout, tokenizer with a chat template).
+    """-> (model with float32 weights and no dropout, tokenizer).
 
     name: a folder or a hub name. UserError: it cannot be loaded, or is no causal language model.
     """
@@ -2042,8 +2034,6 @@ def load_model(name, checkpointing=False):
     need(not lost, f"{where}: weights missing: {lost}")
     need(tokenizer("a", add_special_tokens=False)["input_ids"], f"{where}: no tokenizer")
     need(len(tokenizer) <= size, f"{where}: {len(tokenizer)} tokens, but embeddings of {size}")
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = plain_template(tokenizer)
     if not tokenizer.is_fast:
         say("note: this tokenizer gives no offsets, so there are no credit figures")
     model.to(best_device()).eval()
