@@ -1356,8 +1356,8 @@ def sample(model, tokenizer, pairs, seed, more=8):
         model.generation_config = transformers.GenerationConfig()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            for batch in batched(pairs, 128):
-                texts += draw(model, tokenizer, batch, most, ends)
+            for start in range(0, len(pairs), 128):
+                texts += draw(model, tokenizer, pairs[start : start + 128], most, ends)
     finally:
         model.generation_config = own
     return texts
@@ -1392,10 +1392,6 @@ def draw(model, tokenizer, pairs, most, ends):
     return texts
 
 
-def batched(items, size):
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
 @torch.no_grad()
 def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **changes):
     """-> (metrics, copies of the annotated pairs with learned credit, correct, samples and score).
@@ -1419,11 +1415,10 @@ def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **chan
     if judge is None and all(pair.answers for pair in pairs):
         judge = exact_match
     if judge:
-        drawn = [pair for pair in pairs for _ in range(draws)]
-        texts = sample(model, tokenizer, drawn, s.seed)
-        for pair, samples in zip(pairs, batched(texts, draws), strict=True):
-            pair.samples = samples
-            pair.score = float(np.mean([judge(pair, text) for text in samples]))
+        texts = sample(model, tokenizer, [p for p in pairs for _ in range(draws)], s.seed)
+        for i, pair in enumerate(pairs):
+            pair.samples = texts[i * draws : (i + 1) * draws]
+            pair.score = float(np.mean([judge(pair, text) for text in pair.samples]))
         metrics["score"] = np.mean([pair.score for pair in pairs])
     else:
         texts = sample(model, tokenizer, pairs[:3], s.seed, more=64)
@@ -1440,37 +1435,24 @@ def shorten(text, width=72):
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def show(summary, old_pairs, new_pairs, tokenizer):
-    """Print what a run has changed: metrics, samples, rewards. -> the metrics, as text."""
+def show(summary, old_pairs, new_pairs):
+    """Print what a run has changed: metrics and samples. -> the metrics, as text."""
     lines = [f"{'':20s}  before   after"]
     for name, value in summary["after"].items():
         if value is not None:
             old = summary["before"].get(name)
             old = "–" if old is None else f"{old:.3f}"
             lines.append(f"{name.replace('_', ' '):20s}{old:>8s}{value:8.3f}")
-    memory = summary["peak_memory_bytes"]
-    used = f"; peak memory {memory / 2**30:.2f} GiB" if memory else ""
-    lines += ["", f"annotation {summary['annotate_seconds']:.1f} s, "]
-    lines[-1] += f"training {summary['train_seconds']:.1f} s{used}"
-    say("\n" + "\n".join(lines))
+    cost = "\nannotation {annotate_seconds:.1f} s, training {train_seconds:.1f} s".format(**summary)
+    if summary["peak_memory_bytes"]:
+        cost += f"; peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+    text = "\n".join([*lines, cost])
+    say(f"\n{text}")
     for old, new in zip(old_pairs[:3], new_pairs[:3], strict=True):
         say(f"\nprompt  {shorten(new.prompt[-1]['content'])}")
         say(f"before  {shorten(old.samples[0])}")
         say(f"after   {shorten(new.samples[0])}")
-    for pair in new_pairs[:1]:
-        say("\ntoken rewards ([+good], [-bad]: more than 0.1 from 0)")
-        say(f"chosen    {bracketed(pair.chosen, tokenizer)}")
-        say(f"rejected  {bracketed(pair.rejected, tokenizer)}")
-    return "\n".join(lines)
-
-
-def bracketed(response, tokenizer):
-    """The tokens of a response, in brackets those whose reward is far from 0."""
-    texts = token_texts(tokenizer, response.ids.tolist())
-    for i, reward in enumerate(response.token_rewards.tolist()):
-        if abs(reward) > 0.1:
-            texts[i] = f"[{'+' if reward > 0 else '-'}{texts[i]}]"
-    return "".join(texts)
+    return text
 
 
 # The page: what was trained, learning curves, and every token coloured by its credit. Blue and
@@ -1479,11 +1461,11 @@ CSS = """<style>.treg { font: 15px/1.5 sans-serif; color-scheme: light dark; bac
 color: CanvasText; overflow-wrap: anywhere; print-color-adjust: exact;
 -webkit-print-color-adjust: exact } .treg pre { overflow-x: auto; line-height: 1.3 }
 .treg .row { display: grid; grid-template-columns: 14em 1fr; gap: 0 1em; break-inside: avoid;
-padding: 3px 0; border-top: 1px solid #8884 } .treg .text { white-space: pre-wrap }
+padding: 3px 0; border-top: 1px solid #8884; white-space: pre-wrap }
 .treg .token { white-space: break-spaces; border: solid #8886; border-width: 0 1px 0 0;
 padding: 2px 0 } .treg .error { text-decoration: underline wavy }
 .treg .curves { display: grid; gap: 1em; grid-template-columns: repeat(auto-fill,
-minmax(min(100%, 27em), 1fr)) } .treg figure { margin: 0; break-inside: avoid }
+minmax(min(100%, 22em), 1fr)) } .treg figure { margin: 0; break-inside: avoid }
 .treg h3 { break-after: avoid }
 .treg svg { width: 100%; max-width: 30em } .treg text { font-size: 12px; fill: currentColor }
 .treg path { stroke: #8886 } .treg polyline { fill: none; stroke-width: 2 }
@@ -1496,15 +1478,14 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{0}<
 <p>By training step; a line has at most 60 points, each the mean of the steps around it.</p>
 <div class="curves">{3}</div><h2>Tokens</h2></div>{4}</body></html>"""
 LEGEND = """<p>Blue tokens have values above 0 (good), orange ones below. A wavy line: a labelled
-error. Hover over a token for its value in each row. Σ: the sum of a row. ⏎: a line break.</p>"""
-CURVES = {
+error. Hover over a token for its value. Σ: the sum of a row. ⏎: a line break.</p>"""
+BLUE, ORANGE = "30 110 230", "235 120 0"
+CURVES = {  # what a figure shows; the second metric is dashed
     "loss": ["loss"],
     "margin": ["margin", "heldout_margin"],
     "accuracy": ["accuracy", "heldout_accuracy"],
     "log-probability of a response": ["chosen_logps", "rejected_logps"],
 }
-# the lines of a picture: colours and dashes
-COLOURS = {"#2f7fe0": "none", "#d96a00": "none", "#0f9a73": "6 3", "#9a5cf0": "6 3"}
 
 
 class Html(str):
@@ -1515,15 +1496,16 @@ class Html(str):
 
 
 def escaped(text):
+    """Text that HTML shows and does not obey."""
     return html.escape(visible(text), quote=True)
 
 
-def token_box(text, share, hover, error=False):
-    """A token in HTML. share: its value as a part of the scale, -1 to 1."""
-    ink = "30 110 230" if share > 0 else "235 120 0"
-    tint = f"rgb({ink} / {0.7 * min(abs(share), 1):.2f})"
+def token_box(text, value, scale, error=False):
+    """A token in HTML, coloured by its value; full colour at ±scale."""
+    ink = BLUE if value > 0 else ORANGE
+    tint = f"rgb({ink} / {0.7 * min(abs(value) / scale, 1):.2f})"
     kind = "token error" if error else "token"
-    style = f'class="{kind}" style="background: {tint}" title="{escaped(hover)}"'
+    style = f'class="{kind}" style="background: {tint}" title="{value:+.3f}"'
     return f"<span {style}>{escaped(text)}</span>"
 
 
@@ -1537,8 +1519,9 @@ def token_texts(tokenizer, ids):
     return texts
 
 
-def html_row(label, content, kind):
-    return f'<div class="row"><div>{escaped(label)}</div><div class="{kind}">{content}</div></div>'
+def html_row(label, content):
+    """A label and HTML, side by side."""
+    return f'<div class="row"><div>{escaped(label)}</div><div>{content}</div></div>'
 
 
 def credit_map(pairs, tokenizer, layers):
@@ -1553,56 +1536,49 @@ def credit_map(pairs, tokenizer, layers):
     scales = {"token_rewards": 0.5, "credit": float(max(largest, default=1.0)) or 1.0}
     parts = [CSS, '<div class="treg">', LEGEND]
     for label, (_, name) in layers.items():
-        shares = (-1, -0.5, 0, 0.5, 1)
-        keys = [(f" {share * scales[name]:+.2f} ", share) for share in shares]
-        boxes = "".join(token_box(text, share, text) for text, share in keys)
-        parts.append(html_row(label, boxes + (" nats" if name == "credit" else ""), "tokens"))
-    for index, pair in enumerate(pairs):
+        scale = scales[name]
+        key = [token_box(f" {v:+.2f} ", v, scale) for v in np.linspace(-scale, scale, 5)]
+        parts.append(html_row(label, "".join(key) + (" nats" if name == "credit" else "")))
+    for i, pair in enumerate(pairs):
         parts.append(f"<h3>{escaped(pair.where)}</h3>")
-        parts += [html_row(m["role"], escaped(m["content"]), "text") for m in pair.prompt]
+        parts += [html_row(m["role"], escaped(m["content"])) for m in pair.prompt]
         for side in ("chosen", "rejected"):
             response = getattr(pair, side)
             texts = token_texts(tokenizer, response.ids.tolist())
             errors = [False] * len(texts) if response.good is None else (~response.good).tolist()
-            rows = {
-                label: getattr(getattr(of[index], side), name).tolist()
-                for label, (of, name) in layers.items()
-            }
-            values = zip(*rows.values(), strict=True)
-            hovers = ["\n".join(map("{} {:+.3f}".format, rows, column)) for column in values]
-            for label, row in rows.items():
-                shares = [value / scales[layers[label][1]] for value in row]
-                boxes = "".join(map(token_box, texts, shares, hovers, errors))
-                parts.append(html_row(f"{side}: {label}", f"{boxes} Σ {sum(row):+.3f}", "tokens"))
+            for label, (of, name) in layers.items():
+                values = getattr(getattr(of[i], side), name).tolist()
+                scale = itertools.repeat(scales[name])
+                boxes = "".join(map(token_box, texts, values, scale, errors))
+                parts.append(html_row(f"{side}: {label}", f"{boxes} Σ {sum(values):+.3f}"))
     return Html("".join(parts) + "</div>")
 
 
 def report(title, settings, text, curves, pairs, tokenizer, layers):
-    """One page that needs no other file. curves: {name: history}. layers: see credit_map."""
+    """One page that needs no other file. curves: {name: history}, two. layers: see credit_map."""
     figures = []
     for what, metrics in CURVES.items():
-        lines = {}
-        for name, history in curves.items():
-            for metric in metrics:
+        lines = []
+        for ink, (name, history) in zip((BLUE, ORANGE), curves.items(), strict=False):
+            for dash, metric in zip(("", "6 3"), metrics, strict=False):
                 points = [(row["step"], row[metric]) for row in history if metric in row]
                 if points:
-                    label = f"{name}, {metric.split('_')[0]}" if "_" in metric else name
-                    lines[label] = [p.mean(0) for p in np.array_split(points, min(len(points), 60))]
-        values = [value for points in lines.values() for _, value in points] or [0.0]
-        for group in batched([*lines.items()], 4):
-            figures.append(picture(what, group, min(values), max(values)))
+                    means = [p.mean(0) for p in np.array_split(points, min(len(points), 60))]
+                    lines.append((f"{name}, {metric.replace('_', ' ')}", ink, dash, means))
+        figures.append(picture(what, lines))
     texts = (escaped(text) for text in (title, settings, text))
     return PAGE.format(*texts, "".join(figures), credit_map(pairs, tokenizer, layers))
 
 
-def picture(title, lines, low, high):
-    """An SVG of at most four labelled lines [(label, points)], with axes from low to high."""
-    last = max(points[-1][0] for _, points in lines)
+def picture(title, lines):
+    """An SVG of lines [(label, ink, dash, points)], with axes; below it what each line is."""
+    points = np.concatenate([points for *_, points in lines])
+    last, (low, high) = points[:, 0].max(), (points[:, 1].min(), points[:, 1].max())
 
     def place(step, value):
         return 50 + 250 * step / last, 160 - 145 * (value - low) / (high - low or 1)
 
-    parts = [f'<figure><figcaption>{escaped(title)}</figcaption><svg viewBox="0 0 450 190">']
+    parts = [f'<figure><figcaption>{escaped(title)}</figcaption><svg viewBox="0 0 320 190">']
     for value in np.linspace(low, high, 5):
         x, y = place(0, value)
         parts.append(f'<path d="M{x} {y:.1f}h250"/>')
@@ -1610,19 +1586,14 @@ def picture(title, lines, low, high):
     for step in np.linspace(0, last, 3):
         text = f'y="180" text-anchor="middle">{step:.0f}'
         parts.append(f'<text x="{place(step, low)[0]:.1f}" {text}</text>')
-    below, room = 0, 174 - 14 * len(lines)
-    for colour, (label, points) in sorted(
-        zip(COLOURS, lines, strict=False), key=lambda line: -line[1][1][-1][1]
-    ):
-        corners = [place(*point) for point in points]
-        below, room = max(below + 14, min(corners[-1][1] + 4, room)), room + 14  # none on another
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-        stroke = f'stroke="{colour}" stroke-dasharray="{COLOURS[colour]}"'
+    legend = []
+    for label, ink, dash, corners in lines:
+        path = " ".join("{:.1f},{:.1f}".format(*place(*corner)) for corner in corners)
+        stroke = f'stroke="rgb({ink})" stroke-dasharray="{dash}"'
         parts.append(f'<polyline points="{path}" {stroke}/>')
-        parts.append(
-            f'<text x="305" y="{below:.1f}" style="fill: {colour}">{escaped(label)}</text>'
-        )
-    return "".join(parts) + "</svg></figure>"
+        sign = "┅" if dash else "━"
+        legend.append(f'<span style="color: rgb({ink})">{sign} {escaped(label)}</span>')
+    return "".join(parts) + f"</svg><div>{'<br>'.join(legend)}</div></figure>"
 
 
 # ------------------------------------------------------------------------------ 9 the tiny model
@@ -1789,7 +1760,7 @@ def compare(s, out, judge=None):
         for name in ("DPO", "DPO-REG"):
             if name in shown and len(shown[name]) == len(start.heldout):
                 layers[f"learned by {name}"] = (shown[name], "credit")
-        about, first = describe(resolve(s, start.model)), dict([*curves.items()][:4])
+        about, first = describe(resolve(s, start.model)), dict([*curves.items()][:2])
         page = report(
             "T-REG: a comparison", about, text, first, start.heldout[:5], start.tokenizer, layers
         )
@@ -2450,7 +2421,7 @@ def run_once(s, out, judge):
         "peak_memory_bytes": peak_memory(),
         "settings": asdict(s),
     }
-    text = show(summary, start.heldout, heldout, tokenizer)
+    text = show(summary, start.heldout, heldout)
     layers = {"token reward r̂": (heldout, "token_rewards"), "learned credit": (heldout, "credit")}
     page = report("T-REG", describe(s), text, {"this run": history}, heldout[:5], tokenizer, layers)
     write(out / "report.html", page)
