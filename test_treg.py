@@ -2262,7 +2262,7 @@ def data_file(count=25, **fields):
         row = {"prompt": pair.prompt[0]["content"], "chosen": pair.chosen.text}
         rows.append(row | {"rejected": pair.rejected.text, "rejected_errors": [[0, 2]], **fields})
     path = Path(tempfile.mkdtemp(dir=TEMPORARY.name), "pairs.jsonl")
-    path.write_text(treg.as_lines(rows))
+    path.write_bytes(jsonl(*rows))
     return path
 
 
@@ -2434,7 +2434,7 @@ def test_which_pairs_are_trained_on_and_which_are_held_out(tmp_path, monkeypatch
     seen, splits = [], ["train"] * 6 + ["test"] * 2 + ["dev"] * 3
     rows = [json.loads(line) for line in data_file().read_text().splitlines()]
     rows = [row | {"split": split} for row, split in zip(rows, splits, strict=False)]
-    (tmp_path / "p.jsonl").write_text(treg.as_lines(rows))
+    (tmp_path / "p.jsonl").write_bytes(jsonl(*rows))
 
     def spy(model, pairs, s, out, heldout):
         seen.append(
@@ -2468,7 +2468,6 @@ def test_one_process_at_a_time_in_a_folder(tmp_path, monkeypatch):
     assert "another process" in others[0] and "name a" in others[1]
     assert end_of(out) == end_of(straight())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(treg.time, "strftime", lambda form: "runs/now")
     for _ in range(2):
         done(*words(None, "--epochs", 1))
     assert len([*Path("runs").glob("*/summary.json")]) == 2, "two runs in one second"
@@ -2561,8 +2560,8 @@ def no(name, content=None):
 
 # what is done to a model folder, and what must be said
 FOLDERS = {
-    "no folder": (shutil.rmtree, "is no model folder"),
-    "no config": (no("config.json"), "is no model folder"),
+    "no folder": (shutil.rmtree, "cannot be loaded"),
+    "no config": (no("config.json"), "cannot be loaded"),
     "a damaged config": (no("config.json", "{"), "cannot be loaded"),
     "no weights": (no("model.safetensors"), "cannot be loaded"),
     "damaged weights": (no("model.safetensors", "x"), "cannot be loaded"),
@@ -2603,7 +2602,7 @@ FLAGS = {
     "--token-rewards dpo": "for --compare alone",
     "--data none.jsonl": "none.jsonl: no such file",
     "--compare 1 --variants none.json": "--variants none.json",
-    f"--out {__file__}": "--out .*: is a file",
+    f"--out {__file__}": "--out .*: cannot be made .*File exists",
     f"--out {__file__}/run": "Not a directory",
     "--out /proc/no/run": "/proc/no",
 }
@@ -2895,7 +2894,7 @@ def test_a_comparison_that_is_interrupted_says_how_to_go_on_and_needs_no_other_f
 def test_the_default_run_raises_the_score_by_a_fifth(seed, tmp_path, monkeypatch):
     """To save time with a third of the warm-up and of the test, and half of the training."""
     rows = [json.loads(line) for line in Path(treg.TINY_DATA).read_text("utf-8").splitlines()]
-    (tmp_path / "data.jsonl").write_text(treg.as_lines(rows[300:-110]))
+    (tmp_path / "data.jsonl").write_bytes(jsonl(*rows[300:-110]))
     assert {row["split"] for row in rows[-150:]} == {"test"}
     monkeypatch.setattr(treg, "make_tiny", functools.partial(treg.make_tiny, steps=700))
     flags = ["--data", tmp_path / "data.jsonl", "--max-pairs", 140, "--out", tmp_path / "run"]

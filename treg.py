@@ -57,6 +57,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from string import Formatter
@@ -1721,24 +1722,22 @@ def compare(s, out, judge=None):
 
     They are kept in out/compare.jsonl; a comparison that was stopped goes on after the last one.
     """
-    path, kept, results = out / "compare.jsonl", out / "variants.json", []
+    path, kept = out / "compare.jsonl", out / "variants.json"
     variants = read_variants(kept if kept.exists() else s.variants)
-    write(kept, json.dumps(variants, indent=2) + "\n")
+    write(kept, variants)
     write_settings(out, s)
-    if path.exists():
-        results = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    results = read(path) if path.exists() else []
     done = {(result["seed"], result["variant"]) for result in results}
-    styles = [*dict.fromkeys(changes.get("prompts", s.prompts) for changes in variants.values())]
     seeds = range(s.seed, s.seed + s.compare)
     work = [(seed, name) for seed in seeds for name in variants if (seed, name) not in done]
     if done:
         say(f"going on after {len(done)} of {len(done) + len(work)} variants")
+    styles = [changes.get("prompts", s.prompts) for changes in variants.values()]
     start, curves, shown = None, {}, {}
     for seed, name in bar(work, desc="compare", unit=" variants"):
         prompts = variants[name].get("prompts", s.prompts)
         # a model that is loaded is the same for all seeds, the tiny one is made anew for each
-        parts = ["start", str(styles.index(prompts)), *([] if s.model else [str(seed)])]
-        folder = out / "-".join(parts)
+        folder = out / f"start-{styles.index(prompts)}{'' if s.model else f'-{seed}'}"
         if start is None or folder != start.folder:
             begin = {"seed": seed, "prompts": prompts, "token_rewards": "contrastive"}
             begin["alpha"] = s.alpha or 1.0  # with 0 no contrastive prompt would be read
@@ -1746,26 +1745,28 @@ def compare(s, out, judge=None):
             need(start.heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
         variant = variant_settings(replace(s, seed=seed), variants[name], start.model)
         pairs, heldout = variant_rewards(start, variant)
-        start.restore()
+        load_checkpoint(start.folder, start.model)
         curves[name] = train(start.model, pairs, variant, heldout=heldout)
         metrics, shown[name] = evaluate(start.model, start.tokenizer, heldout, variant, judge)
         each = {p.where: p.correct if p.score is None else p.score for p in shown[name]}
         about = {"variant": name, "seed": seed, "algorithm": variant.algorithm}
         results.append({**about, "alpha": variant.alpha, **metrics, "each": each})
-        write(path, as_lines(results))
+        write(path, results)
     text = table(results)
     say(f"\n{text}")
     if shown:  # else all was done before, and so was the page
         layers = {"token reward r̂": (start.heldout, "token_rewards")}
-        for name in ("DPO", "DPO-REG"):
-            if name in shown and len(shown[name]) == len(start.heldout):
+        first = [*shown][:2]
+        for name in first:
+            if len(shown[name]) == len(start.heldout):  # other prompts may drop other pairs
                 layers[f"learned by {name}"] = (shown[name], "credit")
-        about, first = describe(resolve(s, start.model)), dict([*curves.items()][:2])
+        about = describe(resolve(s, start.model))
+        of = {name: curves[name] for name in first}
         page = report(
-            "T-REG: a comparison", about, text, first, start.heldout[:5], start.tokenizer, layers
+            "T-REG: a comparison", about, text, of, start.heldout[:5], start.tokenizer, layers
         )
         write(out / "report.html", page)
-    say(f"\n{out}: " + ", ".join(sorted(path.name for path in out.glob("[!.]*.*"))))
+    say(f"\n{out}: compare.jsonl, report.html, settings.json and variants.json")
     return results
 
 
@@ -1774,14 +1775,14 @@ def variant_rewards(start, s):
     both = [start.pairs, start.heldout]
     if s.token_rewards == "dpo":
         plain = variant_settings(s, {"algorithm": "dpo", "alpha": 0.0}, start.model)
-        start.restore()
+        load_checkpoint(start.folder, start.model)
         train(start.model, start.pairs, plain)
         both = [measure(start.model, pairs, plain)[1] for pairs in both]
     return [change_rewards(pairs, s.token_rewards, s.seed) for pairs in both]
 
 
-def interval(differences, level=0.95):
-    """-> (mean, low, high) of differences, (seeds, prompts), both a sample of many.
+def interval(differences):
+    """-> (mean, low, high) of differences, (seeds, prompts), both a sample of many: 95 %.
 
     Variances by the two-way analysis (seeds, prompts, what is left), degrees of freedom by
     Satterthwaite, Student's quantile by Cornish and Fisher's series. nan with a single seed.
@@ -1801,7 +1802,7 @@ def interval(differences, level=0.95):
     if total <= 0:
         return mean, mean, mean
     v = total**2 / ((squares**2 / free).sum())
-    z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
+    z = statistics.NormalDist().inv_cdf(0.975)
     t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
     t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
     half = t * math.sqrt(total / (seeds * prompts))
@@ -1987,11 +1988,7 @@ def load_model(name, checkpointing=False):
 
     name: a folder or a hub name. UserError: it cannot be loaded, or is no causal language model.
     """
-    where, path = f"--model {name}", Path(name)
-    if path.exists() or name[0] in "./~":
-        need(
-            (path / "config.json").is_file(), f"{where}: is no model folder: it has no config.json"
-        )
+    where = f"--model {name}"
     hint = "name a folder with model and tokenizer, or a hub name where the hub can be reached"
     with explain(f"{where}: cannot be loaded", hint):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -2039,10 +2036,9 @@ def train_and_test(splits, s):
     """-> (pairs to train on, pairs to evaluate on): of their splits, else --holdout of all."""
     pairs, test = splits.get("train", []), splits.get(s.split, [])
     need(test or s.split == "test", f"--split {s.split}: {s.data} has no such split")
-    expected = {"train", s.split, *(("warmup", "validation") if s.data == TINY_DATA else ())}
-    for name in sorted({*splits} - expected):
-        kind = "note" if name in ("warmup", "validation", "test") else "warning"
-        say(f"{kind}: {len(splits[name])} rows of split {name} are not used")
+    used = {"train", s.split, *(() if s.model else ("warmup",))}
+    for name in sorted({*splits} - used):
+        say(f"note: {len(splits[name])} rows of split {name} are not used")
     if not test:
         count = int(s.holdout if s.holdout >= 1 else s.holdout * len(pairs))
         order = np.random.default_rng(0).permutation(len(pairs))  # not --seed: seeds share a test
@@ -2050,11 +2046,6 @@ def train_and_test(splits, s):
         pairs = [pairs[i] for i in sorted(order[count:])]
     need(pairs, f"{s.data}: --holdout {s.holdout:g} and other splits leave no pair to train on")
     return pairs[: s.max_pairs], test
-
-
-def few_threads():
-    """One thread for the tiny model: more wait for each other, and change its last digits."""
-    torch.set_num_threads(1)
 
 
 def load_all(s):
@@ -2067,7 +2058,7 @@ def load_all(s):
     need(
         "warmup" in splits, f"--data {s.data}: no split warmup to make the tiny model of; --model?"
     )
-    few_threads()
+    torch.set_num_threads(1)  # more wait for each other, and change its last digits
     model, tokenizer = make_tiny(splits["warmup"], s.seed)
     return model.to(best_device()), tokenizer, pairs, test
 
@@ -2104,16 +2095,20 @@ def check_prompts(s):
 
 
 def write(path, content):
-    """Write a text, or what torch.save takes. UserError: it cannot be; the old file stays."""
+    """Write values as the file's ending says, or else a text. UserError: the old file stays."""
     path = Path(path)
+    if path.suffix == ".json":
+        content = json.dumps(content, indent=2) + "\n"
+    elif path.suffix == ".jsonl":
+        content = "".join(json.dumps(row) + "\n" for row in content)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with saving(path):
             with open(temporary, "wb") as file:
-                if isinstance(content, str):
-                    file.write(content.encode())
-                else:
+                if path.suffix == ".pt":
                     torch.save(content, file)
+                else:
+                    file.write(content.encode())
                 file.flush()
                 os.fsync(file.fileno())  # on the disk before it takes the old one's place
             os.replace(temporary, path)
@@ -2127,14 +2122,15 @@ def append(path, row):
         file.write(json.dumps(row) + "\n")
 
 
-def as_lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 def read(path, device="cpu"):
-    """-> what write() gave to torch.save; nothing is unpickled but plain values and tensors."""
+    """-> what write() was given; nothing is unpickled but plain values and tensors."""
     with loading(path):
-        return torch.load(path, map_location=device, weights_only=True)
+        if path.suffix == ".pt":
+            return torch.load(path, map_location=device, weights_only=True)
+        text = path.read_text("utf-8")
+        if path.suffix == ".json":
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines()]
 
 
 def save_checkpoint(folder, model, optimizer=None, history=()):
@@ -2150,7 +2146,7 @@ def resumed(folder, model, optimizer):
     folder.mkdir(parents=True, exist_ok=True)
     there = (folder / "checkpoint.pt").exists()
     history = load_checkpoint(folder, model, optimizer) if there else []
-    write(folder / "metrics.jsonl", as_lines(history))  # lines of steps after the checkpoint go
+    write(folder / "metrics.jsonl", history)  # lines of steps after the checkpoint go
     return history
 
 
@@ -2178,10 +2174,6 @@ class Start:
     before: dict  # its metrics
     cost: dict  # of the annotation
 
-    def restore(self):
-        """Put the weights of the folder's checkpoint into the model."""
-        load_checkpoint(self.folder, self.model)
-
 
 def prepare(s, folder, judge=None):
     """From the files to a Start; from its folder, if it has been made before."""
@@ -2189,7 +2181,7 @@ def prepare(s, folder, judge=None):
         return load_start(s, folder)
     model, tokenizer, raw, raw_heldout = load_all(s)
     s = resolve(s, model)
-    with stopwatch() as cost:
+    with stopwatch("annotate") as cost:
         pairs = annotate(model, tokenizer, raw, s)
         heldout = annotate(model, tokenizer, raw_heldout, s)
     need(pairs, f"{s.data}: no pair is left to train on")
@@ -2225,12 +2217,11 @@ def save_start(start):
         start.tokenizer.save_pretrained(folder)
         model.config.save_pretrained(folder)
     state = {
-        "pairs": flat(start.pairs),
-        "heldout": flat(start.heldout),
+        "pairs": [plain(pair) for pair in start.pairs],
+        "heldout": [plain(pair) for pair in start.heldout],
         "before": start.before,
         "cost": start.cost,
         "shares_prompts": model.shares_prompts,
-        "name": model.name_or_path,
         "generation": model.generation_config.to_diff_dict(),
     }
     write(folder / "pairs.pt", state)
@@ -2246,46 +2237,32 @@ def load_start(s, folder):
         config = transformers.AutoConfig.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.generation_config = transformers.GenerationConfig.from_dict(state["generation"])
-        pairs, heldout = unflat(state["pairs"]), unflat(state["heldout"])
+        pairs = [as_pair(values) for values in state["pairs"]]
+        heldout = [as_pair(values) for values in state["heldout"]]
     model.to(best_device()).eval()
     model.shares_prompts = state["shares_prompts"]
-    model.name_or_path = model.config.name_or_path = state["name"]  # by which resolve knows it
-    if model.name_or_path == TINY:
-        few_threads()
+    model.name_or_path = model.config.name_or_path = s.model or TINY  # by which resolve knows it
+    if not s.model:
+        torch.set_num_threads(1)  # as when it was made
     if s.gradient_checkpointing:
         checkpoint_layers(model, folder)
-    start = Start(folder, s, model, tokenizer, pairs, heldout, state["before"], state["cost"])
-    start.restore()
-    return start
+    load_checkpoint(folder, model)
+    return Start(folder, s, model, tokenizer, pairs, heldout, state["before"], state["cost"])
 
 
-def flat(pairs):
-    """Pairs -> plain values, and for all responses one tensor a column: nothing to be pickled."""
-    columns = {}
-    for name in ("ids", "prompt_ids", "good", "ref_logps", "token_rewards"):
-        rows = [getattr(response, name) for response in sides(pairs)]
-        sizes = [None if row is None else len(row) for row in rows]
-        rows = [row for row in rows if row is not None]
-        columns[name] = (sizes, torch.cat(rows) if rows else torch.empty(0))
-    names = ("prompt", "where", "tools", "answers", "samples")
-    texts = [{name: getattr(pair, name) for name in names} for pair in pairs]
-    messages = [response.message for response in sides(pairs)]
-    return {"texts": texts, "messages": messages, "columns": columns}
+def plain(pair):
+    """A pair as plain values, without the contrastive prompts: they have been read."""
+    responses = {
+        side: vars(replace(getattr(pair, side), better_ids=None, worse_ids=None))
+        for side in ("chosen", "rejected")
+    }
+    return {**vars(pair), **responses}
 
 
-def unflat(state):
-    """What flat() made -> pairs."""
-    responses = [Response(message) for message in state["messages"]]
-    both = zip(responses[: len(state["texts"])], responses[len(state["texts"]) :], strict=True)
-    pairs = [
-        Pair(chosen=chosen, rejected=rejected, **text)
-        for text, (chosen, rejected) in zip(state["texts"], both, strict=True)
-    ]
-    for name, (sizes, values) in state["columns"].items():
-        rows = iter(values.split([size for size in sizes if size is not None]))
-        for response, size in zip(responses, sizes, strict=True):
-            setattr(response, name, None if size is None else next(rows))
-    return pairs
+def as_pair(values):
+    """What plain() made -> a pair."""
+    responses = {side: Response(**values[side]) for side in ("chosen", "rejected")}
+    return Pair(**{**values, **responses})
 
 
 def machine():
@@ -2296,16 +2273,15 @@ def machine():
 
 def write_settings(folder, s):
     """Keep the settings of a run in its folder, and the machine that it began on."""
-    content = {"settings": asdict(s), "machine": machine()}
-    write(folder / "settings.json", json.dumps(content, indent=2) + "\n")
+    write(folder / "settings.json", {"settings": asdict(s), "machine": machine()})
 
 
 def read_settings(folder):
     """-> the Settings of the run in a folder. Says what of the machine has changed since."""
     path = folder / "settings.json"
     need(path.is_file(), f"--resume {folder}: holds no run to go on with; begin it by --out")
+    content = read(path)
     with loading(path):
-        content = json.loads(path.read_text("utf-8"))
         s, then = Settings(**content["settings"]), content["machine"]
     for name, value in machine().items():
         if value != then.get(name):
@@ -2340,16 +2316,9 @@ def run_folder(s):
 
 def new_folder(name):
     """Make a folder for a run; without a name one that nobody has, under runs/."""
-    if name is None:
-        stem = time.strftime("runs/%Y-%m-%d_%H-%M-%S")
-        for count in itertools.count(1):
-            out = Path(stem if count == 1 else f"{stem}~{count}")
-            with contextlib.suppress(FileExistsError):  # made by another run in this second
-                out.mkdir(parents=True)
-                return out
-    out = Path(name)
-    need(not out.exists() or out.is_dir(), f"--out {out}: is a file; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    out = Path(name or datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S.%f"))
+    with explain(f"--out {out}: cannot be made", "name a new folder"):
+        out.mkdir(parents=True, exist_ok=True)
     # what a run leaves that was killed in its first write
     others = {path.name for path in out.iterdir()} - {"settings.json.tmp", ".lock"}
     need(not others, f"--out {out}: is not empty; name a new folder, or go on by --resume {out}")
@@ -2357,13 +2326,14 @@ def new_folder(name):
 
 
 @contextlib.contextmanager
-def stopwatch():
+def stopwatch(what):
     """-> a dict that gets the seconds, and the CPU seconds of all threads, spent within it."""
     cost, seconds, cpu = {}, time.perf_counter(), time.process_time()
     yield cost
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    cost |= {"seconds": time.perf_counter() - seconds, "cpu_seconds": time.process_time() - cpu}
+    cost[f"{what}_seconds"] = time.perf_counter() - seconds
+    cost[f"{what}_cpu_seconds"] = time.process_time() - cpu
 
 
 def peak_memory():
@@ -2405,7 +2375,7 @@ def run_once(s, out, judge):
     start = prepare(s, out, judge)
     s, model, tokenizer = start.settings, start.model, start.tokenizer
     say(textwrap.fill(describe(s), 80))
-    with stopwatch() as cost:
+    with stopwatch("train") as cost:
         history = train(model, start.pairs, s, out, start.heldout)
     after, heldout = evaluate(model, tokenizer, start.heldout, s, judge)
     save_model(model, tokenizer, out, end_tokens(start.pairs))
@@ -2414,10 +2384,8 @@ def run_once(s, out, judge):
         "after": after,
         "pairs": len(start.pairs),
         "steps": len(history),
-        "annotate_seconds": start.cost["seconds"],
-        "annotate_cpu_seconds": start.cost["cpu_seconds"],
-        "train_seconds": cost["seconds"],
-        "train_cpu_seconds": cost["cpu_seconds"],
+        **start.cost,
+        **cost,
         "peak_memory_bytes": peak_memory(),
         "settings": asdict(s),
     }
@@ -2425,7 +2393,7 @@ def run_once(s, out, judge):
     layers = {"token reward r̂": (heldout, "token_rewards"), "learned credit": (heldout, "credit")}
     page = report("T-REG", describe(s), text, {"this run": history}, heldout[:5], tokenizer, layers)
     write(out / "report.html", page)
-    write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write(out / "summary.json", summary)
     (out / "checkpoint.pt").unlink(missing_ok=True)
     say(f"\n{out}: the model, metrics.jsonl, settings.json, summary.json and report.html")
 
@@ -2443,16 +2411,9 @@ def save_model(model, tokenizer, out, learned):
         tokenizer.save_pretrained(out)
 
 
-class CommandLine(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
-
-
 def parse(argv):
     """A command line -> Settings."""
-    parser = CommandLine(
+    parser = argparse.ArgumentParser(
         prog="treg.py",
         usage="python treg.py [--model DIR] [--data FILE] …",
         description=__doc__.partition("The method")[0],
@@ -2470,6 +2431,8 @@ def parse(argv):
             how = {"type": kinds[0], "metavar": {str: "X", int: "N", float: "N"}[kinds[0]]}
         name = f"--{item.name.replace('_', '-')}"
         group.add_argument(name, default=item.default, help=item.metadata["help"], **how)
+    # an error is one line, as all others
+    parser.error = lambda message: need(False, f"{message}; see --help")
     return Settings(**vars(parser.parse_args(argv)))
 
 
