@@ -2356,12 +2356,12 @@ def goes_on(out):
 # where it dies, and how many steps are saved then; None: data and model are still needed
 KILLS = {
     "annotating": (treg, "token_rewards", 2, "before", None),
-    "the first checkpoint is half written": (torch, "save", 2, "half", None),
+    "the annotated pairs are half written": (torch, "save", 1, "half", None),
     "before the second step": (treg, "take_step", 2, "before", 0),
     "after the fourth step": (treg, "take_step", 4, "after", 2),
-    "a checkpoint is half written": (torch, "save", 4, "half", 2),
-    "a checkpoint is not yet in its place": (torch, "save", 4, "after", 2),
-    "saving the model": (transformers.PreTrainedModel, "save_pretrained", 1, "before", 12),
+    "a checkpoint is half written": (torch, "save", 3, "half", 2),
+    "a checkpoint is not yet in its place": (torch, "save", 3, "after", 2),
+    "saving the model": (transformers.PreTrainedModel, "save_pretrained", 2, "before", 12),
     "the model is saved, the summary not": (treg, "report", 1, "after", 12),
 }
 
@@ -2794,6 +2794,7 @@ def compared(out, *more):
 def test_compare_trains_every_variant_from_the_reference_and_goes_on_after_a_kill(
     tmp_path, monkeypatch
 ):
+    model = shutil.copytree(model_folder(), tmp_path / "m")
     starts, orders, settings, hats, train = [], set(), [], [], treg.train
     learned, names = [], ("algorithm", "alpha", "weighting", "token_rewards", "beta", "gamma", "lr")
 
@@ -2829,9 +2830,11 @@ def test_compare_trains_every_variant_from_the_reference_and_goes_on_after_a_kil
     assert [(result["seed"], result["variant"]) for result in results] == work
     assert "learned by DPO-REG" in (tmp_path / "straight/report.html").read_text()
 
-    killed(treg, "evaluate", 6, "before", *compared(tmp_path / "other"))  # the first is untrained
+    killed(
+        treg, "evaluate", 6, "before", *compared(tmp_path / "other", "--model", model)
+    )  # the first is untrained
     assert len((tmp_path / "other/compare.jsonl").read_text().splitlines()) == 4
-    monkeypatch.setattr(treg, "load_model", lambda *_: pytest.fail("all is in the folder"))
+    shutil.rmtree(model)
     tables = [said, done("--resume", tmp_path / "other"), done("--resume", tmp_path / "other")]
     tables = {re.search(r"\n +accuracy.*swapped[^\n]*", text, re.S)[0] for text in tables}
     assert len(tables) == 1, "the same table"

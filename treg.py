@@ -49,6 +49,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import sys
 import textwrap
@@ -1209,11 +1210,7 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
             cleaned += text != response.text
             response.message = {**response.message, "content": text}
         try:
-            reason = text_fault(pair, marks)
-            if not reason:
-                for response in (pair.chosen, pair.rejected):
-                    encode_response(tokenizer, pair, response, style)
-                reason = length_fault(pair, max_length)
+            reason = encode_pair(tokenizer, pair, style, max_length, marks)
         except UserError as error:
             bad.append(f"{pair.where}: {error}")
             continue
@@ -1229,18 +1226,16 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
     return encoded
 
 
-def text_fault(pair, marks):
-    """Why the texts of a pair are not trained on, or None."""
+def encode_pair(tokenizer, pair, style, max_length, marks):
+    """Set the ids of a pair. -> why it is not trained on, or None."""
     messages = [*pair.prompt, pair.chosen.message, pair.rejected.message]
     if not all(map(said_in, messages[-2:])):
         return "a blank response"
     texts = [text for message in messages for _, text in said_in(message)]
-    found = re.search(marks, "\n".join(texts))
-    return f"holds {found[0]}, of a chat template; give texts without one" if found else None
-
-
-def length_fault(pair, max_length):
-    """Why the token ids of a pair are not trained on, or None."""
+    if found := re.search(marks, "\n".join(texts)):
+        return f"holds {found[0]}, of a chat template; give texts without one"
+    for response in (pair.chosen, pair.rejected):
+        encode_response(tokenizer, pair, response, style)
     chosen, rejected = (r.prompt_ids.tolist() + r.ids.tolist() for r in sides([pair]))
     if chosen == rejected:
         return "chosen and rejected are the same"
@@ -1733,19 +1728,22 @@ def compare(s, out, judge=None):
     if done:
         say(f"going on after {len(done)} of {len(done) + len(work)} variants")
     styles = [changes.get("prompts", s.prompts) for changes in variants.values()]
-    start, curves, shown = None, {}, {}
+    made, curves, shown = None, {}, {}
     for seed, name in bar(work, desc="compare", unit=" variants"):
         prompts = variants[name].get("prompts", s.prompts)
         # a model that is loaded is the same for all seeds, the tiny one is made anew for each
         folder = out / f"start-{styles.index(prompts)}{'' if s.model else f'-{seed}'}"
-        if start is None or folder != start.folder:
+        if folder != made:
             begin = {"seed": seed, "prompts": prompts, "token_rewards": "contrastive"}
             begin["alpha"] = s.alpha or 1.0  # with 0 no contrastive prompt would be read
             start = prepare(replace(s, **begin), folder, judge)
             need(start.heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
+            weights = {name: w.cpu().clone() for name, w in start.model.state_dict().items()}
+            made = folder
         variant = variant_settings(replace(s, seed=seed), variants[name], start.model)
+        start.model.load_state_dict(weights)
         pairs, heldout = variant_rewards(start, variant)
-        load_checkpoint(start.folder, start.model)
+        start.model.load_state_dict(weights)
         curves[name] = train(start.model, pairs, variant, heldout=heldout)
         metrics, shown[name] = evaluate(start.model, start.tokenizer, heldout, variant, judge)
         each = {p.where: p.correct if p.score is None else p.score for p in shown[name]}
@@ -1771,11 +1769,13 @@ def compare(s, out, judge=None):
 
 
 def variant_rewards(start, s):
-    """-> (pairs, held-out pairs) with the token rewards of these settings; start itself stays."""
+    """-> (pairs, held-out pairs) with the token rewards of these settings.
+
+    "dpo" trains the model of the start with DPO, to take them from it.
+    """
     both = [start.pairs, start.heldout]
     if s.token_rewards == "dpo":
         plain = variant_settings(s, {"algorithm": "dpo", "alpha": 0.0}, start.model)
-        load_checkpoint(start.folder, start.model)
         train(start.model, start.pairs, plain)
         both = [measure(start.model, pairs, plain)[1] for pairs in both]
     return [change_rewards(pairs, s.token_rewards, s.seed) for pairs in both]
@@ -2133,39 +2133,33 @@ def read(path, device="cpu"):
         return [json.loads(line) for line in text.splitlines()]
 
 
-def save_checkpoint(folder, model, optimizer=None, history=()):
-    """Write the weights, and what training needs to go on from them."""
-    state = {"model": model.state_dict(), "history": [*history]}
-    if optimizer:
-        state["optimizer"] = optimizer.state_dict()
+def save_checkpoint(folder, model, optimizer, history):
+    """Write what training needs to go on."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
     write(folder / "checkpoint.pt", state)
 
 
 def resumed(folder, model, optimizer):
-    """What training in a folder begins with, from its checkpoint if it has one. -> the history."""
+    """Take weights and the optimiser's state from a folder's checkpoint. -> the history till then.
+
+    Without a checkpoint training begins.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    there = (folder / "checkpoint.pt").exists()
-    history = load_checkpoint(folder, model, optimizer) if there else []
+    path, history = folder / "checkpoint.pt", []
+    if path.exists():
+        state = read(path, model.device)
+        with loading(path):
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            history = state["history"]
     write(folder / "metrics.jsonl", history)  # lines of steps after the checkpoint go
     return history
-
-
-def load_checkpoint(folder, model, optimizer=None):
-    """Take the weights, and the optimiser's state, from a folder. -> the history of its run."""
-    path = folder / "checkpoint.pt"
-    state = read(path, model.device)
-    with loading(path):
-        model.load_state_dict(state["model"])
-        if optimizer and "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-        return state["history"]
 
 
 @dataclass
 class Start:
     """What training begins from, kept in a folder: a stopped run goes on from nothing else."""
 
-    folder: Path
     settings: Settings
     model: Any
     tokenizer: Any
@@ -2177,7 +2171,7 @@ class Start:
 
 def prepare(s, folder, judge=None):
     """From the files to a Start; from its folder, if it has been made before."""
-    if (folder / "checkpoint.pt").exists():
+    if (folder / "pairs.pt").exists():
         return load_start(s, folder)
     model, tokenizer, raw, raw_heldout = load_all(s)
     s = resolve(s, model)
@@ -2197,8 +2191,8 @@ def prepare(s, folder, judge=None):
     if s.algorithm == "dpo":
         before.pop("accuracy", None)
         before.pop("margin", None)
-    start = Start(folder, s, model, tokenizer, pairs, heldout, before, cost)
-    save_start(start)
+    start = Start(s, model, tokenizer, pairs, heldout, before, cost)
+    save_start(start, folder)
     return start
 
 
@@ -2208,46 +2202,34 @@ def describe(s):
     return f"{loss} weighting, lr {s.lr:g}, {s.token_rewards} token rewards, prompts {s.prompts}"
 
 
-def save_start(start):
-    """Write all that load_start needs. The untrained weights come last: they say it is complete."""
-    folder, model = start.folder, start.model
+def save_start(start, folder):
+    """Write all that load_start needs. The pairs come last: they say that it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     write_settings(folder, start.settings)
-    with saving(folder):
-        start.tokenizer.save_pretrained(folder)
-        model.config.save_pretrained(folder)
+    save_model(start.model, start.tokenizer, folder / "reference", end_tokens(start.pairs))
     state = {
         "pairs": [plain(pair) for pair in start.pairs],
         "heldout": [plain(pair) for pair in start.heldout],
         "before": start.before,
         "cost": start.cost,
-        "shares_prompts": model.shares_prompts,
-        "generation": model.generation_config.to_diff_dict(),
+        "shares_prompts": start.model.shares_prompts,
     }
     write(folder / "pairs.pt", state)
-    save_checkpoint(folder, model)
 
 
 def load_start(s, folder):
-    """-> the Start of a folder, with the weights of its checkpoint."""
+    """-> the Start of a folder, with the untrained model."""
     say(f"loading {folder} …")
     state = read(folder / "pairs.pt")
-    with loading(folder):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        config = transformers.AutoConfig.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.generation_config = transformers.GenerationConfig.from_dict(state["generation"])
+    with loading(folder / "pairs.pt"):
         pairs = [as_pair(values) for values in state["pairs"]]
         heldout = [as_pair(values) for values in state["heldout"]]
-    model.to(best_device()).eval()
+    model, tokenizer = load_model(str(folder / "reference"), s.gradient_checkpointing)
     model.shares_prompts = state["shares_prompts"]
     model.name_or_path = model.config.name_or_path = s.model or TINY  # by which resolve knows it
     if not s.model:
         torch.set_num_threads(1)  # as when it was made
-    if s.gradient_checkpointing:
-        checkpoint_layers(model, folder)
-    load_checkpoint(folder, model)
-    return Start(folder, s, model, tokenizer, pairs, heldout, state["before"], state["cost"])
+    return Start(s, model, tokenizer, pairs, heldout, state["before"], state["cost"])
 
 
 def plain(pair):
@@ -2395,6 +2377,7 @@ def run_once(s, out, judge):
     write(out / "report.html", page)
     write(out / "summary.json", summary)
     (out / "checkpoint.pt").unlink(missing_ok=True)
+    shutil.rmtree(out / "reference", ignore_errors=True)
     say(f"\n{out}: the model, metrics.jsonl, settings.json, summary.json and report.html")
 
 
