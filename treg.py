@@ -61,7 +61,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from string import Formatter
 from typing import Any, Literal, get_args, get_origin
 
 if __name__ == "__main__":  # what follows takes some seconds
@@ -733,23 +732,23 @@ def load_pairs(source, split="train"):
 def load_splits(source):
     """The same for every split. -> {split: pairs}."""
     splits, bad = {}, []
-    prompted, bare = False, []  # does a row have a prompt column? the places of those without
+    places = {True: [], False: []}  # of the rows with and without a prompt column
     for where, row in bar(read_rows(str(source)), desc="read", unit=" rows"):
         try:
-            row = as_object(row)
+            if isinstance(row, bytes):
+                with explain("not valid JSON, or not UTF-8", "mend the line or take it out"):
+                    row = json.loads(row, object_pairs_hook=without_twins)
             pair = read_pair(row)
         except UserError as error:
             bad.append(f"{where}: {error}")
             continue
         pair.where = where
-        if any(given(row, name) is not None for name in PROMPT_COLUMNS):
-            prompted = True
-        else:
-            bare.append(where)
+        prompted = any(given(row, name) is not None for name in PROMPT_COLUMNS)
+        places[prompted].append(where)
         split = given(row, "split")
         splits.setdefault("train" if split is None else str(split), []).append(pair)
-    if prompted:
-        bad += [f"{where}: has no prompt column, as other rows have" for where in bare]
+    if places[True]:
+        bad += [f"{where}: has no prompt column, as other rows have" for where in places[False]]
     refuse(bad)
     need(splits, f"{source}: holds no rows to use; a row {WANTED}")
     return splits
@@ -776,14 +775,24 @@ def read_rows(source):
             # not by datasets, which takes brackets in a file's name for a pattern
             rows = parquet.read_table(io.BytesIO(data)).to_pylist()
         elif kind == "csv":
-            rows = csv_rows(path, data)
+            # by the standard library: every cell stays the text that it is, "NA" and "007" too
+            csv.field_size_limit(2**31 - 1)
+            text = data.decode("utf-8", "surrogateescape").lstrip()
+            rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            without_twins([(name, None) for name in rows.fieldnames or () if name])
         elif kind == "json" and data.lstrip().startswith(b"["):
             rows = json.loads(data, object_pairs_hook=without_twins)
         else:  # JSON Lines, which many tools write into a file that they call .json
             lines = enumerate(data.split(b"\n"), 1)  # bytes: only a newline ends a line
             yield from ((f"{path}:{i}", line) for i, line in lines if line.strip())
             return
-        yield from ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1))
+        count = 0
+        try:
+            for row in rows:
+                count += 1
+                yield f"{path}:row {count}", row
+        except csv.Error as error:
+            raise ValueError(f"in row {count + 1} or after it: {error}") from None
 
 
 def hub_rows(name):
@@ -798,38 +807,12 @@ def hub_rows(name):
             yield f"{name}:{split} row {i}", {**row, "split": split}
 
 
-def csv_rows(path, data):
-    """By the standard library: every cell stays the text that it is, "NA" and "007" too."""
-    csv.field_size_limit(2**31 - 1)
-    lines = io.StringIO(data.decode("utf-8", "surrogateescape").lstrip(), newline="")
-    reader = csv.DictReader(lines, strict=True)
-    without_twins([(name, None) for name in reader.fieldnames or () if name])
-    count = 0
-    try:
-        for row in reader:
-            yield row
-            count += 1
-    except csv.Error as error:
-        where = f"{path}:row {count + 1}: here or after it not valid csv"
-        raise UserError(f"{where} ({error}); mend its quotes") from None
-
-
 def without_twins(items):
     """Names and values -> a dict. A name that stands twice says two things."""
     twins = [name for name, count in Counter(name for name, _ in items).items() if count > 1]
     if twins:
         raise ValueError(f"the name {', '.join(twins)} stands twice")
     return dict(items)
-
-
-def as_object(row):
-    """A row, or a line of JSON, as a dict."""
-    if isinstance(row, bytes):
-        with explain("not valid JSON, or not UTF-8", "mend the line or take it out"):
-            row = json.loads(row, object_pairs_hook=without_twins)
-    need(isinstance(row, dict), f"a row is an object; it {WANTED}")
-    need(None not in row, "more cells than columns; quote cells that hold commas")
-    return row
 
 
 # From a row to a pair. Every format ends in the same: messages before, and two last messages.
@@ -854,6 +837,8 @@ def given(row, name):
 
 def read_pair(row):
     """A row of any documented format -> a Pair of texts. UserError: it cannot be used, and why."""
+    need(isinstance(row, dict), f"a row is an object; it {WANTED}")
+    need(None not in row, "more cells than columns; quote cells that hold commas")
     columns = [str(name) for name in row if given(row, name) is not None]
     found = f"a row {WANTED}; found {shorten(', '.join(columns)) or 'nothing'}"
     for side in ("chosen", "rejected"):
@@ -924,8 +909,6 @@ def read_turns(value, what, role):
     """A text of role's, an HH dialogue, a message or a list of messages -> messages."""
     if isinstance(value, str):
         need(not LISTED.match(value), f"{what} is a list turned into text; save the data as .jsonl")
-        if value.strip() or role == "user":
-            read_text(value, what)
         turns = dialogue(value) or [{"role": role, "content": value}]
         if role == "user" and len(turns) == 1:
             ready = re.search(r"(?i)(Assistant|### Response):\s*\Z", value)
@@ -935,6 +918,8 @@ def read_turns(value, what, role):
         need(isinstance(value, list), f"{what} must be text or a list of messages")
         turns = [read_message(message, what) for message in value]
         turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
+    for text in filter(str.strip, texts_in(turns)):
+        read_text(text, what)
     if role == "user" and turns[-1:] == [{"role": "assistant", "content": ""}]:
         turns.pop()  # HH text ends with "Assistant:"
     blank = any(turn["role"] == "user" and not turn["content"].strip() for turn in turns)
@@ -967,8 +952,6 @@ def read_message(message, what):
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     sound = message.get("role") in ROLES and isinstance(content, str)
     need(sound and "function_call" not in message, wanted)
-    for text in filter(str.strip, texts_in({**message, "content": content})):
-        read_text(text, what)
     return {**message, "content": content}
 
 
@@ -1042,12 +1025,6 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 SNOWMAN = "☃"  # stands for the assistant's words, to see what the template writes around them
-
-
-def plain_template(tokenizer):
-    """PLAIN_TEMPLATE, with the BOS before it if this tokenizer puts one before any text."""
-    begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return "{{ bos_token }}" + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
 
 
 def merged(messages):
@@ -1197,7 +1174,9 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
     UserError: names the rows that the chat template cannot take.
     """
     if not tokenizer.chat_template:
-        tokenizer.chat_template = plain_template(tokenizer)
+        # with the BOS before it if this tokenizer puts one before any text
+        begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = "{{ bos_token }}" * bool(begins) + PLAIN_TEMPLATE
     own = [token for token in special_tokens(tokenizer) if not THOUGHTS.fullmatch(token)]
     marks = "|".join([MARKS, *map(re.escape, sorted(own, key=len, reverse=True))])
     dropped, cleaned, bad, encoded = Counter(), 0, [], []
@@ -1309,12 +1288,12 @@ def credit_auroc(scores, is_good):
 
 
 def mean_auroc(pairs, name):
-    """Mean credit AUROC within the responses that have good and bad tokens; nan if none has."""
+    """Mean credit AUROC within the responses that have good and bad tokens; None if none has."""
     labelled = [response for response in sides(pairs) if response.good is not None]
     # [:-1]: the end token is in no error span, and is not scored
     values = [credit_auroc(getattr(r, name)[:-1], r.good[:-1]) for r in labelled]
     values = [value for value in values if not math.isnan(value)]
-    return float(np.mean(values)) if values else math.nan
+    return float(np.mean(values)) if values else None
 
 
 def pair_accuracy(pairs):
@@ -1402,11 +1381,11 @@ def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **chan
     s = resolve(settings, model, **changes)
     values, pairs = measure(model, pairs, s)
     metrics = {
-        "accuracy": values["accuracy"].mean(),
-        "margin": values["margin"].mean(),
+        "accuracy": float(values["accuracy"].mean()),
+        "margin": float(values["margin"].mean()),
         "credit_auroc": mean_auroc(pairs, "credit"),
         "token_reward_auroc": mean_auroc(pairs, "token_rewards"),
-        "score": math.nan,
+        "score": None,
     }
     if judge is None and all(pair.answers for pair in pairs):
         judge = exact_match
@@ -1415,13 +1394,11 @@ def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **chan
         for i, pair in enumerate(pairs):
             pair.samples = texts[i * draws : (i + 1) * draws]
             pair.score = float(np.mean([judge(pair, text) for text in pair.samples]))
-        metrics["score"] = np.mean([pair.score for pair in pairs])
+        metrics["score"] = float(np.mean([pair.score for pair in pairs]))
     else:
         texts = sample(model, tokenizer, pairs[:3], s.seed, more=64)
         for pair, text in zip(pairs, texts, strict=False):
             pair.samples = [text]
-    # JSON has no nan
-    metrics = {k: None if math.isnan(value) else float(value) for k, value in metrics.items()}
     return metrics, pairs
 
 
@@ -1720,7 +1697,7 @@ def compare(s, out, judge=None):
     path, kept = out / "compare.jsonl", out / "variants.json"
     variants = read_variants(kept if kept.exists() else s.variants)
     write(kept, variants)
-    write_settings(out, s)
+    write(out / "settings.json", {"settings": asdict(s), "machine": machine()})
     results = read(path) if path.exists() else []
     done = {(result["seed"], result["variant"]) for result in results}
     seeds = range(s.seed, s.seed + s.compare)
@@ -1823,9 +1800,12 @@ def table(results):
         variants.setdefault(result["variant"], []).append(result)
     cells = [["", *columns.values(), "minus base (95 %)", "ahead"]]
     for name, of in variants.items():
-        cells.append([name, mean_error([result[first] for result in of])])
-        for column in [*columns][1:]:
+        cells.append([name])
+        for column in columns:
             cells[-1].append(f"{np.mean([result[column] for result in of]):.3f}")
+        if len(of) > 1:
+            spread = np.std([result[first] for result in of], ddof=1)
+            cells[-1][1] += f"±{spread / math.sqrt(len(of)):.3f}"
         base = [r for r in results if r["algorithm"] == of[0]["algorithm"] and r["alpha"] == 0]
         each = {r["seed"]: r["each"] for r in base if r["variant"] == base[0]["variant"]}
         if base and base[0]["variant"] != name and all(r["seed"] in each for r in of):
@@ -1848,12 +1828,6 @@ def difference(seeds):
     within = "" if math.isnan(low) else f" ({low:+.3f} to {high:+.3f})"
     ahead = int((differences.mean(1) > 0).sum())
     return [f"{mean:+.3f}{within}", f"{ahead} of {len(seeds)}"]
-
-
-def mean_error(values):
-    """The mean, and with several seeds its standard error, as a cell of the table."""
-    error = f"±{np.std(values, ddof=1) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{error}"
 
 
 # ------------------------------------------------------------------------- 11 settings and run
@@ -1965,14 +1939,13 @@ def read_prompts(name):
     if name in PROMPTS:
         return name
     where = f"--prompts {name}"
-    with explain(f"{where}: must be {', '.join(PROMPTS)} or a .json file", "with better and worse"):
+    hint = "with better and worse, which hold {prompt}, perhaps {response}, and no other field"
+    with explain(f"{where}: must be {', '.join(PROMPTS)} or a .json file", hint):
         style = json.loads(Path(name).read_text("utf-8"))
         style = {side: read_text(style[side], f"{where}: {side}") for side in ("better", "worse")}
-        names = {side: {part[1] for part in Formatter().parse(style[side])} for side in style}
-    for side in style:
-        sound = {"prompt"} <= names[side] <= {"prompt", "response", None}
-        need(sound, f"{where}: {side} needs {{prompt}}, may have {{response}}, and no other field")
-    need(style["better"] != style["worse"], f"{where}: better and worse must be different")
+        filled = contrastive_prompts(SNOWMAN, "", style)
+        need(all(SNOWMAN in text for text in filled), f"{where}: must hold {{prompt}} in both")
+    need(filled[0] != filled[1], f"{where}: better and worse must be different")
     return style
 
 
@@ -2032,8 +2005,9 @@ def checkpoint_layers(model, where):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def train_and_test(splits, s):
-    """-> (pairs to train on, pairs to evaluate on): of their splits, else --holdout of all."""
+def load_all(s):
+    """-> (model, tokenizer, pairs to train on, pairs to evaluate on); none is encoded yet."""
+    splits = load_splits(s.data)
     pairs, test = splits.get("train", []), splits.get(s.split, [])
     need(test or s.split == "test", f"--split {s.split}: {s.data} has no such split")
     used = {"train", s.split, *(() if s.model else ("warmup",))}
@@ -2045,22 +2019,15 @@ def train_and_test(splits, s):
         test = [pairs[i] for i in sorted(order[:count])]
         pairs = [pairs[i] for i in sorted(order[count:])]
     need(pairs, f"{s.data}: --holdout {s.holdout:g} and other splits leave no pair to train on")
-    return pairs[: s.max_pairs], test
-
-
-def load_all(s):
-    """-> (model, tokenizer, pairs to train on, pairs to evaluate on); none is encoded yet."""
-    splits = load_splits(s.data)
-    pairs, test = train_and_test(splits, s)
     if s.model:
         say(f"loading {s.model} …")
-        return *load_model(s.model, s.gradient_checkpointing), pairs, test
-    need(
-        "warmup" in splits, f"--data {s.data}: no split warmup to make the tiny model of; --model?"
-    )
-    torch.set_num_threads(1)  # more wait for each other, and change its last digits
-    model, tokenizer = make_tiny(splits["warmup"], s.seed)
-    return model.to(best_device()), tokenizer, pairs, test
+        model, tokenizer = load_model(s.model, s.gradient_checkpointing)
+    else:
+        where = f"--data {s.data}"
+        need("warmup" in splits, f"{where}: no split warmup to make the tiny model of; --model?")
+        torch.set_num_threads(1)  # more wait for each other, and change its last digits
+        model, tokenizer = make_tiny(splits["warmup"], s.seed)
+    return model.to(best_device()), tokenizer, pairs[: s.max_pairs], test
 
 
 def prompt_quality(pairs, name):
@@ -2191,30 +2158,24 @@ def prepare(s, folder, judge=None):
     if s.algorithm == "dpo":
         before.pop("accuracy", None)
         before.pop("margin", None)
-    start = Start(s, model, tokenizer, pairs, heldout, before, cost)
-    save_start(start, folder)
-    return start
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "settings.json", {"settings": asdict(s), "machine": machine()})
+    save_model(model, tokenizer, folder / "reference", end_tokens(pairs))
+    state = {
+        "pairs": [plain(pair) for pair in pairs],
+        "heldout": [plain(pair) for pair in heldout],
+        "before": before,
+        "cost": cost,
+        "shares_prompts": model.shares_prompts,
+    }
+    write(folder / "pairs.pt", state)  # the last: it says that all is there
+    return Start(s, model, tokenizer, pairs, heldout, before, cost)
 
 
 def describe(s):
     """The settings that matter, on a line."""
     loss = f"{s.algorithm}, alpha {s.alpha:g}, beta {s.beta:g}, gamma {s.gamma:g}, {s.weighting}"
     return f"{loss} weighting, lr {s.lr:g}, {s.token_rewards} token rewards, prompts {s.prompts}"
-
-
-def save_start(start, folder):
-    """Write all that load_start needs. The pairs come last: they say that it is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_settings(folder, start.settings)
-    save_model(start.model, start.tokenizer, folder / "reference", end_tokens(start.pairs))
-    state = {
-        "pairs": [plain(pair) for pair in start.pairs],
-        "heldout": [plain(pair) for pair in start.heldout],
-        "before": start.before,
-        "cost": start.cost,
-        "shares_prompts": start.model.shares_prompts,
-    }
-    write(folder / "pairs.pt", state)
 
 
 def load_start(s, folder):
@@ -2253,11 +2214,6 @@ def machine():
     return {"threads": torch.get_num_threads(), **versions}
 
 
-def write_settings(folder, s):
-    """Keep the settings of a run in its folder, and the machine that it began on."""
-    write(folder / "settings.json", {"settings": asdict(s), "machine": machine()})
-
-
 def read_settings(folder):
     """-> the Settings of the run in a folder. Says what of the machine has changed since."""
     path = folder / "settings.json"
@@ -2275,9 +2231,15 @@ def read_settings(folder):
 def run_folder(s):
     """Within it the run's folder is there, and nobody else's. -> (its path, its settings)."""
     if s.resume:
-        out, s = Path(s.resume), read_settings(Path(s.resume))
+        out = Path(s.resume)
+        s = read_settings(out)
     else:
-        out = new_folder(s.out)
+        out = Path(s.out or datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S.%f"))
+        with explain(f"--out {out}: cannot be made", "name a new folder"):
+            out.mkdir(parents=True, exist_ok=True)
+        # what a run leaves that was killed in its first write
+        rest = {path.name for path in out.iterdir()} - {"settings.json.tmp", ".lock"}
+        need(not rest, f"--out {out}: is not empty; name a new folder, or go on by --resume {out}")
     lock = FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -2294,17 +2256,6 @@ def run_folder(s):
         (out / ".lock").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             out.rmdir()  # if nothing came of it
-
-
-def new_folder(name):
-    """Make a folder for a run; without a name one that nobody has, under runs/."""
-    out = Path(name or datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S.%f"))
-    with explain(f"--out {out}: cannot be made", "name a new folder"):
-        out.mkdir(parents=True, exist_ok=True)
-    # what a run leaves that was killed in its first write
-    others = {path.name for path in out.iterdir()} - {"settings.json.tmp", ".lock"}
-    need(not others, f"--out {out}: is not empty; name a new folder, or go on by --resume {out}")
-    return out
 
 
 @contextlib.contextmanager
