@@ -1711,9 +1711,9 @@ def compare(s, out, judge=None):
         # a model that is loaded is the same for all seeds, the tiny one is made anew for each
         folder = out / f"start-{styles.index(prompts)}{'' if s.model else f'-{seed}'}"
         if folder != made:
-            begin = {"seed": seed, "prompts": prompts, "token_rewards": "contrastive"}
-            begin["alpha"] = s.alpha or 1.0  # with 0 no contrastive prompt would be read
-            start = prepare(replace(s, **begin), folder, judge)
+            begin = replace(s, seed=seed, prompts=prompts, token_rewards="contrastive")
+            begin = replace(begin, alpha=s.alpha or 1.0)  # with 0 no such prompt would be read
+            start = prepare(begin, folder, judge)
             need(start.heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
             weights = {name: w.cpu().clone() for name, w in start.model.state_dict().items()}
             made = folder
@@ -1731,15 +1731,12 @@ def compare(s, out, judge=None):
     say(f"\n{text}")
     if shown:  # else all was done before, and so was the page
         layers = {"token reward r̂": (start.heldout, "token_rewards")}
-        first = [*shown][:2]
+        first = dict([*curves.items()][:2])
         for name in first:
             if len(shown[name]) == len(start.heldout):  # other prompts may drop other pairs
                 layers[f"learned by {name}"] = (shown[name], "credit")
         about = describe(resolve(s, start.model))
-        of = {name: curves[name] for name in first}
-        page = report(
-            "T-REG: a comparison", about, text, of, start.heldout[:5], start.tokenizer, layers
-        )
+        page = report("T-REG", about, text, first, start.heldout[:5], start.tokenizer, layers)
         write(out / "report.html", page)
     say(f"\n{out}: compare.jsonl, report.html, settings.json and variants.json")
     return results
@@ -1835,49 +1832,42 @@ def difference(seeds):
 # keyword of annotate, train and evaluate; help, default and range stand here and nowhere else.
 
 
-def flag(default, help, low=None, high=1e12, group=None):
-    """A field of Settings. low, high: its range. group: the group of flags that begins with it."""
+def flag(default, help, low=None, high=1e12):
+    """A field of Settings. low, high: its range."""
     shown = "" if default in (None, False) or "[" in help else f" [{default}]"
-    about = {"help": (help + shown).replace("%", "%%"), "low": low, "high": high, "group": group}
+    about = {"help": (help + shown).replace("%", "%%"), "low": low, "high": high}
     return field(default=default, metadata=about)
 
 
 TINY_DATA = str(Path(__file__).with_name("tiny_data.jsonl"))
 KINDS = Literal["contrastive", "sft", "shuffled", "swapped", "dpo"]
+# the groups of --help, by the setting that each begins with
+GROUPS = {"model": "model and data", "algorithm": "the loss", "prompts": "the token rewards"}
+GROUPS |= {"lr": "the training", "out": "the run", "compare": "experiments"}
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run. None: resolve() finds the value. UserError: out of its range."""
 
-    model: str | None = flag(
-        None, "folder or hub name of a causal language model [a tiny one]", group="model and data"
-    )
+    model: str | None = flag(None, "folder or hub name of a causal language model [a tiny one]")
     data: str = flag(TINY_DATA, "file of pairs or hub data set [tiny_data.jsonl beside treg.py]")
     split: str = flag("test", "split of the data to evaluate on")
     holdout: float = flag(0.1, "without such a split: share of the pairs, or from 1 on number", 0)
     max_pairs: int | None = flag(None, "train on at most this many pairs", 1)
     max_length: int = flag(1024, "in tokens; longer pairs are dropped", 8)
 
-    algorithm: Literal["dpo", "simpo"] = flag("dpo", "the preference loss", group="the loss")
+    algorithm: Literal["dpo", "simpo"] = flag("dpo", "the preference loss")
     alpha: float = flag(0.25, "strength of the regulariser; 0 is plain DPO or SimPO", 0)
     beta: float | None = flag(None, "reward scale [dpo 0.1, simpo 2.5; the tiny model 1]", 1e-12)
     gamma: float | None = flag(None, "target margin [dpo 0, simpo 1]", 0)
-    weighting: Literal["sequence", "static"] = flag(
-        "sequence", "w: the preference loss's own, or ½"
-    )
+    weighting: Literal["sequence", "static"] = flag("sequence", "w: the loss's own, or ½")
 
-    prompts: str = flag(
-        "answer", "answer, revise, or a .json file with better and worse", group="the token rewards"
-    )
+    prompts: str = flag("answer", "answer, revise, or a .json file with better and worse")
     check_prompts: bool = flag(False, "only measure how well prompts tell chosen from rejected")
-    token_rewards: KINDS = flag(
-        "contrastive", "contrastive prompts; 1 on chosen, 0 on rejected; two controls; DPO's credit"
-    )
+    token_rewards: KINDS = flag("contrastive", "of prompts; 1 and 0; two controls; DPO's credit")
 
-    lr: float | None = flag(
-        None, "peak rate [5e-7 x sqrt(8e9 / parameters); tiny: tuned]", 1e-12, group="the training"
-    )
+    lr: float | None = flag(None, "peak rate [5e-7 x sqrt(8e9 / parameters); tiny: tuned]", 1e-12)
     epochs: int | None = flag(None, "passes over the pairs [1; the tiny model 3]", 1)
     batch_size: int = flag(8, "pairs in an optimiser step", 1)
     pass_tokens: int = flag(1024, "tokens in a forward pass: speed and memory, not the result", 1)
@@ -1885,15 +1875,11 @@ class Settings:
     dtype: Literal["fp32", "bf16"] = flag("fp32", "of matrix products; all else is fp32")
     seed: int = flag(0, "of all random numbers", 0, 2**31)
 
-    out: str | None = flag(
-        None, "new folder for model, metrics and report [runs/<time>]", group="the run"
-    )
+    out: str | None = flag(None, "new folder for model, metrics and report [runs/<time>]")
     save_every: int = flag(200, "steps between checkpoints", 1)
     resume: str | None = flag(None, "folder of a stopped run to go on with; no flag beside it")
 
-    compare: int = flag(
-        0, "train the paper's table and controls with this many seeds", 0, 1000, group="experiments"
-    )
+    compare: int = flag(0, "train the paper's table and controls with this many seeds", 0, 1000)
     variants: str | None = flag(None, ".json file, {name: {setting: value}}, to compare instead")
 
     def __post_init__(self):
@@ -1904,11 +1890,10 @@ class Settings:
             if get_origin(item.type) is Literal:
                 need(value in kinds, f"{name}: must be one of {', '.join(kinds)}, not {value}")
             else:
-                fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+                fits = isinstance(value, (*kinds, int) if float in kinds else kinds) and value != ""
                 need(fits, f"{name}: must be of type {kinds[0].__name__}, not {value!r}")
             if low is not None and value is not None:
                 need(low <= value <= high, f"{name}: must be from {low} to {high:g}, not {value}")
-            need(value != "", f"{name}: is empty")
         need(self.split != "train", "--split: the pairs that are trained on are no test")
 
 
@@ -2038,8 +2023,7 @@ def prompt_quality(pairs, name):
     if high < 0.5:
         say("warning: rejected responses get higher rewards: are better and worse swapped?")
     elif low <= 0.5:
-        say("warning: that is no better than chance: the regulariser pushes at random; see")
-        say("  --check-prompts, write your own prompts (--prompts FILE.json) or use --alpha 0")
+        say("warning: no better than chance; see --check-prompts, write prompts or use --alpha 0")
     return share
 
 
@@ -2132,8 +2116,7 @@ class Start:
     tokenizer: Any
     pairs: list
     heldout: list  # with samples of the untrained model
-    before: dict  # its metrics
-    cost: dict  # of the annotation
+    summary: dict  # the metrics before training and the cost of the annotation
 
 
 def prepare(s, folder, judge=None):
@@ -2158,18 +2141,18 @@ def prepare(s, folder, judge=None):
     if s.algorithm == "dpo":
         before.pop("accuracy", None)
         before.pop("margin", None)
+    summary = {"before": before, **cost}
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "settings.json", {"settings": asdict(s), "machine": machine()})
     save_model(model, tokenizer, folder / "reference", end_tokens(pairs))
     state = {
         "pairs": [plain(pair) for pair in pairs],
         "heldout": [plain(pair) for pair in heldout],
-        "before": before,
-        "cost": cost,
+        "summary": summary,
         "shares_prompts": model.shares_prompts,
     }
     write(folder / "pairs.pt", state)  # the last: it says that all is there
-    return Start(s, model, tokenizer, pairs, heldout, before, cost)
+    return Start(s, model, tokenizer, pairs, heldout, summary)
 
 
 def describe(s):
@@ -2190,16 +2173,15 @@ def load_start(s, folder):
     model.name_or_path = model.config.name_or_path = s.model or TINY  # by which resolve knows it
     if not s.model:
         torch.set_num_threads(1)  # as when it was made
-    return Start(s, model, tokenizer, pairs, heldout, state["before"], state["cost"])
+    return Start(s, model, tokenizer, pairs, heldout, state["summary"])
 
 
 def plain(pair):
     """A pair as plain values, without the contrastive prompts: they have been read."""
-    responses = {
-        side: vars(replace(getattr(pair, side), better_ids=None, worse_ids=None))
-        for side in ("chosen", "rejected")
-    }
-    return {**vars(pair), **responses}
+    pair = copied(pair)
+    for response in (pair.chosen, pair.rejected):
+        response.better_ids = response.worse_ids = None
+    return asdict(pair)
 
 
 def as_pair(values):
@@ -2313,11 +2295,10 @@ def run_once(s, out, judge):
     after, heldout = evaluate(model, tokenizer, start.heldout, s, judge)
     save_model(model, tokenizer, out, end_tokens(start.pairs))
     summary = {
-        "before": start.before,
+        **start.summary,
         "after": after,
         "pairs": len(start.pairs),
         "steps": len(history),
-        **start.cost,
         **cost,
         "peak_memory_bytes": peak_memory(),
         "settings": asdict(s),
@@ -2354,8 +2335,8 @@ def parse(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for item in fields(Settings):
-        if item.metadata["group"]:
-            group = parser.add_argument_group(item.metadata["group"])
+        if item.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[item.name])
         kinds = get_args(item.type) or (item.type,)  # float | None: a float
         if item.type is bool:
             how = {"action": "store_true"}
@@ -2386,10 +2367,9 @@ def main(argv=None):
     except OSError as problem:
         error = f"{problem.filename or 'standard output'}: {problem.strerror or problem}"
     except (RuntimeError, MemoryError) as problem:
-        text = str(problem)
         # a GPU's error, Python's and, on a CPU, a RuntimeError without a kind of its own
         kinds = (torch.OutOfMemoryError, MemoryError)
-        if not isinstance(problem, kinds) and "allocate memory" not in text:
+        if not isinstance(problem, kinds) and "allocate memory" not in str(problem):
             raise
         error = "out of memory; begin again with --gradient-checkpointing, a smaller --pass-tokens "
         error += "or --max-length, or --dtype bf16"
