@@ -1529,24 +1529,22 @@ def credit_map(pairs, tokenizer, layers):
 
 def report(title, settings, text, curves, pairs, tokenizer, layers):
     """One page that needs no other file. curves: {name: history}, two. layers: see credit_map."""
-    figures = []
-    for what, metrics in CURVES.items():
-        lines = []
-        for ink, (name, history) in zip((BLUE, ORANGE), curves.items(), strict=False):
-            for dash, metric in zip(("", "6 3"), metrics, strict=False):
-                points = [(row["step"], row[metric]) for row in history if metric in row]
-                if points:
-                    means = [p.mean(0) for p in np.array_split(points, min(len(points), 60))]
-                    lines.append((f"{name}, {metric.replace('_', ' ')}", ink, dash, means))
-        figures.append(picture(what, lines))
     texts = (escaped(text) for text in (title, settings, text))
-    return PAGE.format(*texts, "".join(figures), credit_map(pairs, tokenizer, layers))
+    figures = "".join(picture(what, metrics, curves) for what, metrics in CURVES.items())
+    return PAGE.format(*texts, figures, credit_map(pairs, tokenizer, layers))
 
 
-def picture(title, lines):
-    """An SVG of lines [(label, ink, dash, points)], with axes; below it what each line is."""
-    points = np.concatenate([points for *_, points in lines])
-    last, (low, high) = points[:, 0].max(), (points[:, 1].min(), points[:, 1].max())
+def picture(title, metrics, curves):
+    """An SVG of one or two metrics of each history, with axes; below it what each line is."""
+    lines = []
+    for ink, (name, history) in zip((BLUE, ORANGE), curves.items(), strict=False):
+        for dash, metric in zip(("", "6 3"), metrics, strict=False):
+            points = [(row["step"], row[metric]) for row in history if metric in row]
+            if points:
+                means = [part.mean(0) for part in np.array_split(points, min(len(points), 60))]
+                lines.append((f"{name}, {metric.replace('_', ' ')}", ink, dash, means))
+    steps, values = np.concatenate([points for *_, points in lines]).T
+    last, low, high = steps.max(), values.min(), values.max()
 
     def place(step, value):
         return 50 + 250 * step / last, 160 - 145 * (value - low) / (high - low or 1)
@@ -1585,18 +1583,9 @@ def make_tiny(pairs, seed, steps=2000):
     """
     tokenizer = tiny_tokenizer(pairs)
     torch.manual_seed(seed)
-    config = transformers.GPT2Config(
-        name_or_path=TINY,
-        n_layer=2,
-        n_embd=64,
-        n_head=2,
-        n_positions=256,
-        vocab_size=len(tokenizer),
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 256, "initializer_range": 0.1}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = transformers.GPT2Config(name_or_path=TINY, vocab_size=len(tokenizer), **sizes)
     model = transformers.GPT2LMHeadModel(config).eval()
     model.shares_prompts = True
     rows = []
