@@ -914,16 +914,14 @@ def read_turns(value, what, role):
             ready = re.search(r"(?i)(Assistant|### Response):\s*\Z", value)
             need(not ready, f"{what} ends like a template; give the user's words alone")
     else:
-        value = [value] if isinstance(value, dict) else value
-        need(isinstance(value, list), f"{what} must be text or a list of messages")
+        value = value if isinstance(value, list) else [value]
         turns = [read_message(message, what) for message in value]
         turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
-    for text in filter(str.strip, texts_in(turns)):
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+    for text in [*asked, *filter(str.strip, texts_in(turns))]:
         read_text(text, what)
     if role == "user" and turns[-1:] == [{"role": "assistant", "content": ""}]:
         turns.pop()  # HH text ends with "Assistant:"
-    blank = any(turn["role"] == "user" and not turn["content"].strip() for turn in turns)
-    need(not blank, f"{what}: a message of the user's is blank")
     ends = role == "user" or turns and turns[-1]["role"] == role
     need(ends, f"{what} must end with a message of the assistant's")
     return turns
@@ -942,8 +940,8 @@ def dialogue(text):
 
 def read_message(message, what):
     """A message without its absent fields; a list of text parts becomes one text."""
-    wanted = f"{what}: a message has a role of {', '.join(ROLES)}, content that is text, and"
-    wanted += f" tool_calls, not function_call; found {shorten(repr(message))}"
+    wanted = f"{what} must be text or messages, with a role of {', '.join(ROLES)}, content that is"
+    wanted += f" text, and tool_calls, not function_call; found {shorten(repr(message))}"
     need(isinstance(message, dict), wanted)
     message = {name: message[name] for name in message if given(message, name) is not None}
     content = message.get("content", "")
@@ -1461,13 +1459,6 @@ CURVES = {  # what a figure shows; the second metric is dashed
 }
 
 
-class Html(str):
-    """HTML that a notebook shows as such at the end of a cell."""
-
-    def _repr_html_(self):
-        return str(self)
-
-
 def escaped(text):
     """Text that HTML shows and does not obey."""
     return html.escape(visible(text), quote=True)
@@ -1498,7 +1489,7 @@ def html_row(label, content):
 
 
 def credit_map(pairs, tokenizer, layers):
-    """The tokens of both responses of every pair, in a row for each layer. -> Html.
+    """The tokens of both responses of every pair, in a row for each layer. -> HTML, a text.
 
     layers: {label: (pairs, "token_rewards" or "credit")}; the pairs of a layer are these ones, or
     the same with the credit of another model. The scale of r̂ is ±½, of credit its largest value.
@@ -1524,7 +1515,7 @@ def credit_map(pairs, tokenizer, layers):
                 scale = itertools.repeat(scales[name])
                 boxes = "".join(map(token_box, texts, values, scale, errors))
                 parts.append(html_row(f"{side}: {label}", f"{boxes} Σ {sum(values):+.3f}"))
-    return Html("".join(parts) + "</div>")
+    return "".join(parts) + "</div>"
 
 
 def report(title, settings, text, curves, pairs, tokenizer, layers):
@@ -1781,9 +1772,11 @@ def table(results):
     first = "accuracy" if results[0]["score"] is None else "score"
     columns = {first: first, "credit_auroc": "credit", "token_reward_auroc": "r̂"}
     columns = {n: title for n, title in columns.items() if all(r[n] is not None for r in results)}
-    variants = {}
+    variants, bases = {}, {}
     for result in sorted(results, key=lambda result: result["seed"]):
         variants.setdefault(result["variant"], []).append(result)
+        if result["alpha"] == 0:
+            bases.setdefault(result["algorithm"], result["variant"])
     cells = [["", *columns.values(), "minus base (95 %)", "ahead"]]
     for name, of in variants.items():
         cells.append([name])
@@ -1792,10 +1785,10 @@ def table(results):
         if len(of) > 1:
             spread = np.std([result[first] for result in of], ddof=1)
             cells[-1][1] += f"±{spread / math.sqrt(len(of)):.3f}"
-        base = [r for r in results if r["algorithm"] == of[0]["algorithm"] and r["alpha"] == 0]
-        each = {r["seed"]: r["each"] for r in base if r["variant"] == base[0]["variant"]}
-        if base and base[0]["variant"] != name and all(r["seed"] in each for r in of):
-            cells[-1] += difference([(r["each"], each[r["seed"]]) for r in of])
+        base = bases.get(of[0]["algorithm"], name)
+        each = {result["seed"]: result["each"] for result in variants[base]}
+        if base != name and all(result["seed"] in each for result in of):
+            cells[-1] += difference([(result["each"], each[result["seed"]]) for result in of])
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(cells[0]))]
     lines = [
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)) for row in cells
@@ -2100,7 +2093,6 @@ def resumed(folder, model, optimizer):
 class Start:
     """What training begins from, kept in a folder: a stopped run goes on from nothing else."""
 
-    settings: Settings
     model: Any
     tokenizer: Any
     pairs: list
@@ -2141,7 +2133,7 @@ def prepare(s, folder, judge=None):
         "shares_prompts": model.shares_prompts,
     }
     write(folder / "pairs.pt", state)  # the last: it says that all is there
-    return Start(s, model, tokenizer, pairs, heldout, summary)
+    return Start(model, tokenizer, pairs, heldout, summary)
 
 
 def describe(s):
@@ -2162,7 +2154,7 @@ def load_start(s, folder):
     model.name_or_path = model.config.name_or_path = s.model or TINY  # by which resolve knows it
     if not s.model:
         torch.set_num_threads(1)  # as when it was made
-    return Start(s, model, tokenizer, pairs, heldout, state["summary"])
+    return Start(model, tokenizer, pairs, heldout, state["summary"])
 
 
 def plain(pair):
@@ -2277,7 +2269,8 @@ def run_once(s, out, judge):
     """Prepare, train, evaluate, save and show one model, from wherever the folder has got to."""
     need(s.token_rewards != "dpo", "--token-rewards dpo: is for --compare alone")
     start = prepare(s, out, judge)
-    s, model, tokenizer = start.settings, start.model, start.tokenizer
+    model, tokenizer = start.model, start.tokenizer
+    s = resolve(s, model)
     say(textwrap.fill(describe(s), 80))
     with stopwatch("train") as cost:
         history = train(model, start.pairs, s, out, start.heldout)
