@@ -61,7 +61,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 if __name__ == "__main__":  # what follows takes some seconds
     print("loading …", file=sys.stderr)
@@ -1441,13 +1441,13 @@ minmax(min(100%, 22em), 1fr)) } .treg figure { margin: 0; break-inside: avoid }
 .treg svg { width: 100%; max-width: 30em } .treg text { font-size: 12px; fill: currentColor }
 .treg path { stroke: #8886 } .treg polyline { fill: none; stroke-width: 2 }
 @media (max-width: 45em) { .treg .row { grid-template-columns: 1fr } }</style>"""
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{0}</title>
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>T-REG</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"></head>
 <body style="max-width: 64em; margin: 1.5em auto; padding: 0 1em">
-<div class="treg"><h1>{0}</h1><p>{1}</p><pre>{2}</pre><h2>Learning curves</h2>
+<div class="treg"><h1>T-REG</h1><p>{0}</p><pre>{1}</pre><h2>Learning curves</h2>
 <p>By training step; a line has at most 60 points, each the mean of the steps around it.</p>
-<div class="curves">{3}</div><h2>Tokens</h2></div>{4}</body></html>"""
+<div class="curves">{2}</div><h2>Tokens</h2></div>{3}</body></html>"""
 LEGEND = """<p>Blue tokens have values above 0 (good), orange ones below. A wavy line: a labelled
 error. Hover over a token for its value. Σ: the sum of a row. ⏎: a line break.</p>"""
 BLUE, ORANGE = "30 110 230", "235 120 0"
@@ -1518,11 +1518,11 @@ def credit_map(pairs, tokenizer, layers):
     return "".join(parts) + "</div>"
 
 
-def report(title, settings, text, curves, pairs, tokenizer, layers):
+def report(settings, text, curves, pairs, tokenizer, layers):
     """One page that needs no other file. curves: {name: history}, two. layers: see credit_map."""
-    texts = (escaped(text) for text in (title, settings, text))
     figures = "".join(picture(what, metrics, curves) for what, metrics in CURVES.items())
-    return PAGE.format(*texts, figures, credit_map(pairs, tokenizer, layers))
+    tokens = credit_map(pairs, tokenizer, layers)
+    return PAGE.format(escaped(settings), escaped(text), figures, tokens)
 
 
 def picture(title, metrics, curves):
@@ -1693,16 +1693,16 @@ def compare(s, out, judge=None):
         if folder != made:
             begin = replace(s, seed=seed, prompts=prompts, token_rewards="contrastive")
             begin = replace(begin, alpha=s.alpha or 1.0)  # with 0 no such prompt would be read
-            start = prepare(begin, folder, judge)
-            need(start.heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
-            weights = {name: w.cpu().clone() for name, w in start.model.state_dict().items()}
+            model, tokenizer, pairs, heldout, _ = prepare(begin, folder, judge)
+            need(heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
+            weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
             made = folder
-        variant = variant_settings(replace(s, seed=seed), variants[name], start.model)
-        start.model.load_state_dict(weights)
-        pairs, heldout = variant_rewards(start, variant)
-        start.model.load_state_dict(weights)
-        curves[name] = train(start.model, pairs, variant, heldout=heldout)
-        metrics, shown[name] = evaluate(start.model, start.tokenizer, heldout, variant, judge)
+        variant = variant_settings(replace(s, seed=seed), variants[name], model)
+        model.load_state_dict(weights)
+        own, own_heldout = variant_rewards(model, pairs, heldout, variant)
+        model.load_state_dict(weights)
+        curves[name] = train(model, own, variant, heldout=own_heldout)
+        metrics, shown[name] = evaluate(model, tokenizer, own_heldout, variant, judge)
         each = {p.where: p.correct if p.score is None else p.score for p in shown[name]}
         about = {"variant": name, "seed": seed, "algorithm": variant.algorithm}
         results.append({**about, "alpha": variant.alpha, **metrics, "each": each})
@@ -1710,29 +1710,28 @@ def compare(s, out, judge=None):
     text = table(results)
     say(f"\n{text}")
     if shown:  # else all was done before, and so was the page
-        layers = {"token reward r̂": (start.heldout, "token_rewards")}
+        layers = {"token reward r̂": (heldout, "token_rewards")}
         first = dict([*curves.items()][:2])
         for name in first:
-            if len(shown[name]) == len(start.heldout):  # other prompts may drop other pairs
+            if len(shown[name]) == len(heldout):  # other prompts may drop other pairs
                 layers[f"learned by {name}"] = (shown[name], "credit")
-        about = describe(resolve(s, start.model))
-        page = report("T-REG", about, text, first, start.heldout[:5], start.tokenizer, layers)
+        page = report(describe(resolve(s, model)), text, first, heldout[:5], tokenizer, layers)
         write(out / "report.html", page)
     say(f"\n{out}: compare.jsonl, report.html, settings.json and variants.json")
     return results
 
 
-def variant_rewards(start, s):
+def variant_rewards(model, pairs, heldout, s):
     """-> (pairs, held-out pairs) with the token rewards of these settings.
 
-    "dpo" trains the model of the start with DPO, to take them from it.
+    "dpo" trains the model with DPO, to take them from it.
     """
-    both = [start.pairs, start.heldout]
+    both = [pairs, heldout]
     if s.token_rewards == "dpo":
-        plain = variant_settings(s, {"algorithm": "dpo", "alpha": 0.0}, start.model)
-        train(start.model, start.pairs, plain)
-        both = [measure(start.model, pairs, plain)[1] for pairs in both]
-    return [change_rewards(pairs, s.token_rewards, s.seed) for pairs in both]
+        dpo = variant_settings(s, {"algorithm": "dpo", "alpha": 0.0}, model)
+        train(model, pairs, dpo)
+        both = [measure(model, of, dpo)[1] for of in both]
+    return [change_rewards(of, s.token_rewards, s.seed) for of in both]
 
 
 def interval(differences):
@@ -1748,9 +1747,8 @@ def interval(differences):
     rows, columns = values.mean(1) - mean, values.mean(0) - mean
     rest = values - mean - rows[:, None] - columns[None, :]
     free = np.array([seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)])
-    squares = (
-        np.array([prompts * (rows**2).sum(), seeds * (columns**2).sum(), (rest**2).sum()]) / free
-    )
+    sums = [prompts * (rows**2).sum(), seeds * (columns**2).sum(), (rest**2).sum()]
+    squares = np.array(sums) / free
     # seeds + prompts − rest estimates the variance of the mean, times seeds × prompts
     total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
     if total <= 0:
@@ -2089,21 +2087,14 @@ def resumed(folder, model, optimizer):
     return history
 
 
-@dataclass
-class Start:
-    """What training begins from, kept in a folder: a stopped run goes on from nothing else."""
-
-    model: Any
-    tokenizer: Any
-    pairs: list
-    heldout: list  # with samples of the untrained model
-    summary: dict  # the metrics before training and the cost of the annotation
-
-
 def prepare(s, folder, judge=None):
-    """From the files to a Start; from its folder, if it has been made before."""
+    """All that training begins from. -> (model, tokenizer, pairs, held-out pairs, summary).
+
+    Both kinds of pairs are annotated; the summary has the metrics of the untrained model. It is
+    kept in the folder: a run that was stopped takes it from there, and needs no other file.
+    """
     if (folder / "pairs.pt").exists():
-        return load_start(s, folder)
+        return prepared(s, folder)
     model, tokenizer, raw, raw_heldout = load_all(s)
     s = resolve(s, model)
     with stopwatch("annotate") as cost:
@@ -2133,7 +2124,7 @@ def prepare(s, folder, judge=None):
         "shares_prompts": model.shares_prompts,
     }
     write(folder / "pairs.pt", state)  # the last: it says that all is there
-    return Start(model, tokenizer, pairs, heldout, summary)
+    return model, tokenizer, pairs, heldout, summary
 
 
 def describe(s):
@@ -2142,8 +2133,8 @@ def describe(s):
     return f"{loss} weighting, lr {s.lr:g}, {s.token_rewards} token rewards, prompts {s.prompts}"
 
 
-def load_start(s, folder):
-    """-> the Start of a folder, with the untrained model."""
+def prepared(s, folder):
+    """-> what prepare has kept in a folder; the model is the untrained one."""
     say(f"loading {folder} …")
     state = read(folder / "pairs.pt")
     with loading(folder / "pairs.pt"):
@@ -2154,7 +2145,7 @@ def load_start(s, folder):
     model.name_or_path = model.config.name_or_path = s.model or TINY  # by which resolve knows it
     if not s.model:
         torch.set_num_threads(1)  # as when it was made
-    return Start(model, tokenizer, pairs, heldout, state["summary"])
+    return model, tokenizer, pairs, heldout, state["summary"]
 
 
 def plain(pair):
@@ -2268,26 +2259,24 @@ def run(s, judge=None):
 def run_once(s, out, judge):
     """Prepare, train, evaluate, save and show one model, from wherever the folder has got to."""
     need(s.token_rewards != "dpo", "--token-rewards dpo: is for --compare alone")
-    start = prepare(s, out, judge)
-    model, tokenizer = start.model, start.tokenizer
+    model, tokenizer, pairs, untrained, summary = prepare(s, out, judge)
     s = resolve(s, model)
     say(textwrap.fill(describe(s), 80))
     with stopwatch("train") as cost:
-        history = train(model, start.pairs, s, out, start.heldout)
-    after, heldout = evaluate(model, tokenizer, start.heldout, s, judge)
-    save_model(model, tokenizer, out, end_tokens(start.pairs))
-    summary = {
-        **start.summary,
+        history = train(model, pairs, s, out, untrained)
+    after, heldout = evaluate(model, tokenizer, untrained, s, judge)
+    save_model(model, tokenizer, out, end_tokens(pairs))
+    summary |= {
         "after": after,
-        "pairs": len(start.pairs),
+        "pairs": len(pairs),
         "steps": len(history),
         **cost,
         "peak_memory_bytes": peak_memory(),
         "settings": asdict(s),
     }
-    text = show(summary, start.heldout, heldout)
+    text = show(summary, untrained, heldout)
     layers = {"token reward r̂": (heldout, "token_rewards"), "learned credit": (heldout, "credit")}
-    page = report("T-REG", describe(s), text, {"this run": history}, heldout[:5], tokenizer, layers)
+    page = report(describe(s), text, {"this run": history}, heldout[:5], tokenizer, layers)
     write(out / "report.html", page)
     write(out / "summary.json", summary)
     (out / "checkpoint.pt").unlink(missing_ok=True)
