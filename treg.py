@@ -917,8 +917,10 @@ def read_turns(value, what, role):
         value = value if isinstance(value, list) else [value]
         turns = [read_message(message, what) for message in value]
         turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
-    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
-    for text in [*asked, *filter(str.strip, texts_in(turns))]:
+    for turn in turns:
+        if turn["role"] == "user":  # others may be blank
+            read_text(turn["content"], what)
+    for text in filter(str.strip, texts_in(turns)):
         read_text(text, what)
     if role == "user" and turns[-1:] == [{"role": "assistant", "content": ""}]:
         turns.pop()  # HH text ends with "Assistant:"
@@ -998,12 +1000,13 @@ def agreed(prompt, shared):
 
 def read_response(message, row, side):
     """The last message of a side, and its error spans -> a Response."""
-    text, name = message["content"], f"{side}_errors"
+    text = message["content"]
 
     def is_span(span):
         whole = isinstance(span, list) and [type(end) for end in span] == [int, int]
         return whole and 0 <= span[0] < span[1] <= len(text)
 
+    name = f"{side}_errors"
     errors = read_list(row, name, is_span, "[start, end) within the text")
     if row.get(name) == []:  # labelled, and without an error
         errors = []
@@ -1174,7 +1177,7 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
     if not tokenizer.chat_template:
         # with the BOS before it if this tokenizer puts one before any text
         begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = "{{ bos_token }}" * bool(begins) + PLAIN_TEMPLATE
+        tokenizer.chat_template = "{{ bos_token }}" + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
     own = [token for token in special_tokens(tokenizer) if not THOUGHTS.fullmatch(token)]
     marks = "|".join([MARKS, *map(re.escape, sorted(own, key=len, reverse=True))])
     dropped, cleaned, bad, encoded = Counter(), 0, [], []
@@ -1286,12 +1289,12 @@ def credit_auroc(scores, is_good):
 
 
 def mean_auroc(pairs, name):
-    """Mean credit AUROC within the responses that have good and bad tokens; None if none has."""
+    """Mean credit AUROC within the responses that have good and bad tokens; nan if none has."""
     labelled = [response for response in sides(pairs) if response.good is not None]
     # [:-1]: the end token is in no error span, and is not scored
     values = [credit_auroc(getattr(r, name)[:-1], r.good[:-1]) for r in labelled]
     values = [value for value in values if not math.isnan(value)]
-    return float(np.mean(values)) if values else None
+    return float(np.mean(values)) if values else math.nan
 
 
 def pair_accuracy(pairs):
@@ -1379,11 +1382,11 @@ def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **chan
     s = resolve(settings, model, **changes)
     values, pairs = measure(model, pairs, s)
     metrics = {
-        "accuracy": float(values["accuracy"].mean()),
-        "margin": float(values["margin"].mean()),
+        "accuracy": values["accuracy"].mean(),
+        "margin": values["margin"].mean(),
         "credit_auroc": mean_auroc(pairs, "credit"),
         "token_reward_auroc": mean_auroc(pairs, "token_rewards"),
-        "score": None,
+        "score": math.nan,
     }
     if judge is None and all(pair.answers for pair in pairs):
         judge = exact_match
@@ -1392,11 +1395,13 @@ def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **chan
         for i, pair in enumerate(pairs):
             pair.samples = texts[i * draws : (i + 1) * draws]
             pair.score = float(np.mean([judge(pair, text) for text in pair.samples]))
-        metrics["score"] = float(np.mean([pair.score for pair in pairs]))
+        metrics["score"] = np.mean([pair.score for pair in pairs])
     else:
         texts = sample(model, tokenizer, pairs[:3], s.seed, more=64)
         for pair, text in zip(pairs, texts, strict=False):
             pair.samples = [text]
+    # JSON has no nan
+    metrics = {k: None if math.isnan(value) else float(value) for k, value in metrics.items()}
     return metrics, pairs
 
 
@@ -1689,14 +1694,14 @@ def compare(s, out, judge=None):
     for seed, name in bar(work, desc="compare", unit=" variants"):
         prompts = variants[name].get("prompts", s.prompts)
         # a model that is loaded is the same for all seeds, the tiny one is made anew for each
-        folder = out / f"start-{styles.index(prompts)}{'' if s.model else f'-{seed}'}"
-        if folder != made:
+        start = f"start-{styles.index(prompts)}" + ("" if s.model else f"-{seed}")
+        if start != made:
             begin = replace(s, seed=seed, prompts=prompts, token_rewards="contrastive")
             begin = replace(begin, alpha=s.alpha or 1.0)  # with 0 no such prompt would be read
-            model, tokenizer, pairs, heldout, _ = prepare(begin, folder, judge)
+            model, tokenizer, pairs, heldout, _ = prepare(begin, out / start, judge)
             need(heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
             weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
-            made = folder
+            made = start
         variant = variant_settings(replace(s, seed=seed), variants[name], model)
         model.load_state_dict(weights)
         own, own_heldout = variant_rewards(model, pairs, heldout, variant)
@@ -1943,10 +1948,8 @@ def load_model(name, checkpointing=False):
     if not tokenizer.is_fast:
         say("note: this tokenizer gives no offsets, so there are no credit figures")
     model.to(best_device()).eval()
-    need(
-        not sees_the_future(model),
-        f"{where}: sees later tokens, as an encoder; name a causal model",
-    )
+    causal = not sees_the_future(model)
+    need(causal, f"{where}: sees later tokens, as an encoder; name a causal model")
     if checkpointing:
         checkpoint_layers(model, where)
     return model, tokenizer
@@ -1988,8 +1991,7 @@ def load_all(s):
         say(f"loading {s.model} …")
         model, tokenizer = load_model(s.model, s.gradient_checkpointing)
     else:
-        where = f"--data {s.data}"
-        need("warmup" in splits, f"{where}: no split warmup to make the tiny model of; --model?")
+        need("warmup" in splits, f"{s.data}: no split warmup, to make the tiny model of; --model?")
         torch.set_num_threads(1)  # more wait for each other, and change its last digits
         model, tokenizer = make_tiny(splits["warmup"], s.seed)
     return model.to(best_device()), tokenizer, pairs[: s.max_pairs], test
@@ -2076,7 +2078,8 @@ def resumed(folder, model, optimizer):
     Without a checkpoint training begins.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, history = folder / "checkpoint.pt", []
+    path = folder / "checkpoint.pt"
+    history = []
     if path.exists():
         state = read(path, model.device)
         with loading(path):
@@ -2094,7 +2097,7 @@ def prepare(s, folder, judge=None):
     kept in the folder: a run that was stopped takes it from there, and needs no other file.
     """
     if (folder / "pairs.pt").exists():
-        return prepared(s, folder)
+        return load_prepared(s, folder)
     model, tokenizer, raw, raw_heldout = load_all(s)
     s = resolve(s, model)
     with stopwatch("annotate") as cost:
@@ -2133,7 +2136,7 @@ def describe(s):
     return f"{loss} weighting, lr {s.lr:g}, {s.token_rewards} token rewards, prompts {s.prompts}"
 
 
-def prepared(s, folder):
+def load_prepared(s, folder):
     """-> what prepare has kept in a folder; the model is the untrained one."""
     say(f"loading {folder} …")
     state = read(folder / "pairs.pt")
