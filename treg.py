@@ -1543,9 +1543,9 @@ def picture(title, metrics, curves):
     last, low, high = steps.max(), values.min(), values.max()
 
     def place(step, value):
-        return 50 + 250 * step / last, 160 - 145 * (value - low) / (high - low or 1)
+        return 60 + 250 * step / last, 160 - 145 * (value - low) / (high - low or 1)
 
-    parts = [f'<figure><figcaption>{escaped(title)}</figcaption><svg viewBox="0 0 320 190">']
+    parts = [f'<figure><figcaption>{escaped(title)}</figcaption><svg viewBox="0 0 330 190">']
     for value in np.linspace(low, high, 5):
         x, y = place(0, value)
         parts.append(f'<path d="M{x} {y:.1f}h250"/>')
