@@ -2560,8 +2560,8 @@ def no(name, content=None):
 
 # what is done to a model folder, and what must be said
 FOLDERS = {
-    "no folder": (shutil.rmtree, "cannot be loaded"),
-    "no config": (no("config.json"), "cannot be loaded"),
+    "no folder": (shutil.rmtree, "is no model folder"),
+    "no config": (no("config.json"), "is no model folder"),
     "a damaged config": (no("config.json", "{"), "cannot be loaded"),
     "no weights": (no("model.safetensors"), "cannot be loaded"),
     "damaged weights": (no("model.safetensors", "x"), "cannot be loaded"),

@@ -1931,7 +1931,10 @@ def load_model(name, checkpointing=False):
 
     name: a folder or a hub name. UserError: it cannot be loaded, or is no causal language model.
     """
-    where = f"--model {name}"
+    where, path = f"--model {name}", Path(name)
+    if path.exists() or name[0] in "./~":
+        there = (path / "config.json").is_file()
+        need(there, f"{where}: is no model folder: it has no config.json; name another")
     hint = "name a folder with model and tokenizer, or a hub name where the hub can be reached"
     with explain(f"{where}: cannot be loaded", hint):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -2023,8 +2026,9 @@ def check_prompts(s):
     say(f"use --prompts {best}" if shares[best] > 0.5 else "none of them helps: use --alpha 0")
 
 
-# What a run folder holds while it trains. Every file is written beside the old one and renamed, so
-# that at any instant it is whole: the old one or the new one.
+# What a run folder holds while it trains: settings.json, the untrained model in reference/, the
+# annotated pairs in pairs.pt, metrics.jsonl and checkpoint.pt. Our files are written beside the old
+# ones and renamed, so that at any instant each is whole: the old one or the new one.
 
 
 def write(path, content):
