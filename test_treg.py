@@ -3274,7 +3274,7 @@ def scatter(points, width=60, height=16):
 
 
 def make_map(folder, lengths=MAP_LENGTHS, sizes=MAP_SIZES, seeds=8, heldout=150, warm_steps=2000):
-    """Run, or finish, all cells; print the map, its test and its plot. -> one dict for each cell."""
+    """Run, or finish, all cells; print the map, its test and its plot. -> the cells, dicts."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     each = 2 * (len(RATES) + len(BETAS)) + seeds * len(MAP_VARIANTS)
     cells, points = [], []
