@@ -22,12 +22,13 @@ one pair. Since w is also the factor in the gradient of −log σ(z), T-REG resc
 each token, by 1 + α r̂_t in the chosen response and by 1 − α r̂_t in the rejected one.
 
 Our own derivation or choice, not the paper's: these two factors (they hold for sequence weighting,
-not for static, where the w in L is the constant ½); that ½; the regulariser in terms of r_t for
-SimPO too; γ in SimPO's w.
+not for static, where the w in L is the constant ½); this constant; the regulariser in terms of r_t
+for SimPO too; γ in SimPO's w.
 
 Reading order. Sections 1 to 3 are the paper: they need torch alone, and are made to be copied.
     1 prompts    2 token rewards    3 implicit rewards and the loss
-Sections 4 to 6 put them to work; after these the method is whole.
+After these stand small tools, for errors and printing: skip them.
+Sections 4 to 6 put the paper to work; after these the method is whole.
     4 log-probs    5 annotate    6 train
 The rest is what a program needs. The settings, s in the code, are explained in section 11.
     7 data    8 evaluate and show    9 the tiny model    10 compare    11 settings and run
@@ -127,7 +128,8 @@ def token_rewards(better_logps, worse_logps, mask):
 
     better_logps, worse_logps: log π_eval of the response tokens after x_better and after x_worse.
     """
-    # where, not a product: padding may hold NaN, and NaN × 0 is NaN, in value and in gradient
+    # where, not a product: padding may hold NaN, and NaN × 0 is NaN. Below, where gradients flow,
+    # it keeps them finite too
     difference = torch.where(mask.bool(), better_logps - worse_logps, 0.0)
     return torch.sigmoid(difference) - 0.5
 
@@ -218,7 +220,7 @@ def loading(path):
 
 def bar(items=None, delay=1, **options):
     """A progress bar, after a second, where standard error is a terminal or a notebook's."""
-    off = None if hasattr(sys.stderr, "isatty") else True  # None: tqdm asks whether it is one
+    off = None if hasattr(sys.stderr, "isatty") else True  # None: tqdm looks for a terminal
     return tqdm(items, delay=delay, leave=False, disable=off, **options)
 
 
@@ -333,12 +335,13 @@ def full_attention(model, length):
     """
     config = model.config.get_text_config()
     settings = config.to_dict()
-    # a state runs through the row, from one response into the next; so does a convolution
+    # a state runs through the row, from one response into the next (Mamba); so does a convolution
+    # (LFM2)
     if getattr(model, "_is_stateful", False):
         return False
     if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
         return False
-    # other kinds of layers, or a window that a row does not fit into
+    # other kinds of layers (Qwen3-Next), or a window that a row does not fit into (Mistral)
     kinds = {*(settings.get("layer_types") or ())}
     if not kinds <= {"full_attention", "sliding_attention"}:
         return False
@@ -347,7 +350,7 @@ def full_attention(model, length):
     windowed = any(isinstance(window, int) and 0 < window < length for window in windows)
     if windowed and settings.get("use_sliding_window", True):
         return False
-    # positions that are turned by an angle which depends on the longest row
+    # positions that are turned by an angle which depends on the longest row (Phi-3's longrope)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     types = {part.get("rope_type", part.get("type", "default")) for part in ropes}
@@ -368,9 +371,9 @@ def sharing_is_exact(model, prompts, responses):
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, AssertionError, AttributeError):
         return False  # a model that takes no such mask or positions
-    return all(
-        torch.allclose(a, b, rtol=0, atol=1e-3) for a, b in zip(alone, together, strict=True)
-    )
+    # rounding moves log-probs by 1e-5, a response that sees another by 1e-2 and more
+    both = zip(alone, together, strict=True)
+    return all(torch.allclose(one, other, rtol=0, atol=1e-3) for one, other in both)
 
 
 # --------------------------------------------------------------------------------------- 5 annotate
@@ -497,8 +500,11 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     model: the untrained policy. pairs: from load_pairs, or encoded.
     reward_model: π_eval, a language model with the same tokenizer; by default the model itself.
     settings, changes: it uses prompts, token_rewards, alpha, dtype, max_length, pass_tokens and
-    seed. With alpha 0, or "sft", no contrastive prompt is read; with alpha 0 r̂ is 0 but for "sft".
-    "dpo" gives the contrastive ones: compare replaces them after it has trained with DPO.
+    seed. What r̂ becomes, by token_rewards:
+        contrastive, shuffled, swapped   from the contrastive prompts; 0, and none is read, if alpha
+                                         is 0
+        sft                              1 on the chosen response, 0 on the rejected; none is read
+        dpo                              as contrastive: compare replaces it after training by DPO
     """
     s = resolve(settings, model, **changes)
     contrastive = s.alpha > 0 and s.token_rewards != "sft"
@@ -511,16 +517,17 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     pairs = [copied(pair) for pair in pairs]
     scorer = reward_model or model
     for each in {model, scorer} if pairs else ():
-        # once False it stays False: an earlier call may have seen longer rows
+        # not known yet, or True for the rows of an earlier call; once False it stays False
         if getattr(each, "shares_prompts", True):
             rows = scored_rows(max(pairs, key=longest_row))  # what goes wrong grows with length
             each.shares_prompts = sharing_is_exact(each, *zip(*rows, strict=True))
             if not each.shares_prompts:
                 say("note: this architecture cannot share prompts: each response is computed alone")
     with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
-        # a third of the budget: each response stands after three prompts, x, x_better and x_worse
+        # packs counts one prompt for each pair, and a response is read after up to three
         for pack in packs(pairs, s.pass_tokens // 3):
             responses = sides(pack)
+            # in the precision of training: before the first step log π − log π_ref is to be 0
             ref_logps, mask = policy_logps(model, pack, s.dtype)
             hats = torch.zeros_like(ref_logps)
             if contrastive:
@@ -634,7 +641,7 @@ def take_step(model, optimizer, batch, s, lr):
         raise UserError(f"not finite: {values}, pairs {where}; {DIVERGED}")
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # their memory is free for what comes between two steps
     return {**row, "grad_norm": norm, "lr": lr}
 
 
@@ -650,8 +657,8 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
     """Train model in place on annotated pairs. -> one dict of metrics for each step.
 
     settings, changes: it uses those of the loss and of training. heldout: annotated pairs on which
-    accuracy and margin are measured five times. out: a folder for metrics.jsonl and checkpoint.pt;
-    if it has a checkpoint, training goes on from there.
+    accuracy and margin are measured up to five times. out: a folder for metrics.jsonl and
+    checkpoint.pt; if it has a checkpoint, training goes on from there.
     UserError: loss, gradient or weights are not finite any more.
     """
     s = resolve(settings, model, **changes)
@@ -689,7 +696,7 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
             stop.args = (f"stopped; --resume {out} goes on after step {saved} of {total}",)
         raise
     except UserError as error:
-        kept = f"; {out}/checkpoint.pt has the weights after step {saved}" if out else ""
+        kept = f"; {out}/checkpoint.pt has the weights after step {saved}" if out and saved else ""
         raise UserError(f"step {step + 1}: {error}{kept}") from None
     finally:
         steps.close()
@@ -723,10 +730,11 @@ def load_pairs(source, split="train"):
     UserError: names the rows that cannot be used, or what is wrong with the file.
     """
     splits = load_splits(source)
+    need(split in splits, f"{source}: no split {split}, only {', '.join(splits)}")
     for name, pairs in splits.items():
         if name != split:
             say(f"{source}: {len(pairs)} rows of split {name} are left out")
-    return splits.get(split, [])
+    return splits[split]
 
 
 def load_splits(source):
@@ -981,7 +989,8 @@ def read_prompt(row):
 def agreed(prompt, shared):
     """One prompt from what the columns say and what both message lists begin with.
 
-    Where one says all that the other does, perhaps without the system message, it is that one.
+    Where one says all that the other does, perhaps without the system message, it is that one:
+    a prompt "And then?" beside message lists that begin with a talk which ends in "And then?".
     """
 
     def stripped(messages):
@@ -1070,9 +1079,9 @@ def in_template(tokenizer, messages, reply, tools=None):
             continue
         head, _, tail = around.rpartition(SNOWMAN)
         if not whole.endswith(tail):  # a tool call may end otherwise than an answer
-            tail = whole[max(map(whole.rfind, special_tokens(tokenizer))) :]
+            tail = whole[max(map(whole.rfind, special_tokens(tokenizer)), default=len(whole)) :]
         words = way[-1]["content"].strip()
-        asked = head.rfind(words) + len(words)
+        asked = head.rfind(words) + len(words)  # the template's own words begin here
         return *split_reply(whole, head, tail, opened, asked, reply), tail
     raise UserError(problems[0])
 
@@ -1082,10 +1091,11 @@ def split_reply(whole, head, tail, opened, asked, reply):
 
     head, tail: what stands around the snowman. opened: the rendering with a generation prompt.
     asked: where the user's words end in both. Three kinds of templates and replies meet here:
-        the template writes the same around every reply                   -> head, the reply
-        it writes an empty <think></think>, or a thought that the reply has in a field of its own,
-        or its generation prompt opens <think>, and the reply has thoughts  -> opened, the rest
-        it leaves thoughts out of what it writes                          -> opened, the reply
+        the template writes the same around every reply (ChatML)          -> head, the reply
+        it writes an empty <think></think> before a reply without thoughts (Qwen3), or a thought
+        that the reply has in a field of its own, or its generation prompt opens <think>, and the
+        reply has thoughts                                                -> opened, the rest
+        it leaves thoughts out of what it writes (R1)                     -> opened, the reply
     """
     text = reply["content"].strip()
     tag = re.match(r"(<[^<>\s]+>|\[[A-Z_]+\])?", text)[0]  # such as <think>
@@ -1097,6 +1107,8 @@ def split_reply(whole, head, tail, opened, asked, reply):
             return prompt, body
     lost = left_out([{**reply, "content": ""}], "")
     need(not lost, f"the chat template leaves out {lost}")
+    # the third kind: the reply as it is, after the prompt that the model is given; without the
+    # empty block of thoughts that some write even there
     prompt = opened
     if not opened.startswith(head):
         prompt = head[: head.rindex(tag)] if tag and tag in head[asked:] else head
@@ -1115,6 +1127,7 @@ def left_out(messages, text, tools=None):
     ]
     said += [(f"the tool {name}", name) for name in map(tool_name, tools or ())]
     for what, words in said:
+        # one text may be part of another, and is then to be found in that one too
         forms = {words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1]}
         if sum(map(text.count, forms)) < sum(other.count(words) for _, other in said):
             return what
@@ -1233,7 +1246,8 @@ def encode_response(tokenizer, pair, response, style):
     ids, offsets = ids_in_context(tokenizer, prompt, body + before_end)
     response.ids = torch.tensor([*ids, end], dtype=torch.int32)
     if response.errors is not None and offsets is not None:
-        # the template may have put thoughts before the words, or taken spaces or a tag off them
+        # the template may have put thoughts before the words, or taken spaces or a tag off them:
+        # where "A crow" becomes "<think></think>A crow", all spans move by 15
         words = reply["content"].strip()
         at = body.rfind(words) if words in body else len(body) - len(words)
         moved = at - reply["content"].find(words)
@@ -1601,10 +1615,10 @@ def make_tiny(pairs, seed, steps=2000, styles=tuple(PROMPTS)):
     for style in styles:
         for pair in encode(tokenizer, pairs, style, max_length=256):
             chosen, rejected = pair.chosen, pair.rejected
-            # a revision improves on the rejected response or spoils the chosen one: if it repeated
-            # what it is shown, the model would learn to copy
             rows.append((chosen.prompt_ids.tolist(), chosen.ids.tolist()))
             rows.append((rejected.prompt_ids.tolist(), rejected.ids.tolist()))
+            # the prompt of the other response: a revision improves on the rejected one, or spoils
+            # the chosen one; if it repeated what it is shown, the model would learn to copy
             rows.append((rejected.better_ids.tolist(), chosen.ids.tolist()))
             rows.append((chosen.worse_ids.tolist(), rejected.ids.tolist()))
     peak = 3e-3
@@ -1681,7 +1695,8 @@ def read_variants(path):
 
 
 def variant_settings(s, changes, model):
-    """The settings of a variant. What is given for one algorithm is not on the other's scale."""
+    """The settings of a variant. An lr, beta or gamma that is given for one algorithm does not
+    suit the other, which gets its defaults."""
     if changes.get("algorithm", s.algorithm) != s.algorithm:
         s = replace(s, lr=None, beta=None, gamma=None)
     return resolve(s, model, **changes)
@@ -1753,10 +1768,11 @@ def variant_rewards(model, pairs, heldout, s):
 
 
 def interval(differences):
-    """-> (mean, low, high) of differences, (seeds, prompts), both a sample of many: 95 %.
+    """-> (mean, low, high) of differences (seeds, prompts): its 95 % interval, for other seeds and
+    other prompts too.
 
     Variances by the two-way analysis (seeds, prompts, what is left), degrees of freedom by
-    Satterthwaite, Student's quantile by Cornish and Fisher's series. nan with a single seed.
+    Satterthwaite. nan with a single seed.
     """
     values = np.asarray(differences, dtype=float)
     (seeds, prompts), mean = values.shape, values.mean()
@@ -1772,9 +1788,11 @@ def interval(differences):
     if total <= 0:
         return mean, mean, mean
     v = total**2 / ((squares**2 / free).sum())
-    z = statistics.NormalDist().inv_cdf(0.975)
-    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    # Student's quantile: √v tan θ has his distribution where θ has the density cos(θ)^(v − 1)
+    angles = np.linspace(-math.pi / 2, math.pi / 2, 10_001)[1:-1]
+    density = np.cos(angles) ** (v - 1)
+    shares = np.cumsum(density) - density / 2
+    t = math.sqrt(v) * math.tan(np.interp(0.975 * density.sum(), shares, angles))
     half = t * math.sqrt(total / (seeds * prompts))
     return mean, mean - half, mean + half
 
@@ -1832,7 +1850,7 @@ def difference(seeds):
 
 def flag(default, help, low=None, high=1e12):
     """A field of Settings. low, high: its range."""
-    shown = "" if default in (None, False) or "[" in help else f" [{default}]"
+    shown = "" if default is None or default is False or "[" in help else f" [{default}]"
     about = {"help": (help + shown).replace("%", "%%"), "low": low, "high": high}
     return field(default=default, metadata=about)
 
@@ -1863,7 +1881,9 @@ class Settings:
 
     prompts: str = flag("answer", "answer, revise, or a .json file with better and worse")
     check_prompts: bool = flag(False, "only measure how well prompts tell chosen from rejected")
-    token_rewards: KINDS = flag("contrastive", "of prompts; 1 and 0; two controls; DPO's credit")
+    token_rewards: KINDS = flag(
+        "contrastive", "of the prompts; 1 on chosen, 0 on rejected; two controls; of a DPO model"
+    )
 
     lr: float | None = flag(None, "peak rate [5e-7 x sqrt(8e9 / parameters); tiny: tuned]", 1e-12)
     epochs: int | None = flag(None, "passes over the pairs [1; the tiny model 3]", 1)
