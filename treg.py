@@ -1383,12 +1383,12 @@ def draw(model, tokenizer, pairs, most, ends):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **changes):
+def evaluate(model, tokenizer, pairs, settings=None, judge=None, **changes):
     """-> (metrics, copies of the annotated pairs with learned credit, correct, samples and score).
 
-    judge: a function of (pair, text), 0 to 1, of which the score is the mean over `draws` responses
-    that the model samples for each pair; by default exact match, if all pairs have answers. Without
-    a judge one response is drawn for each of the first three pairs, to look at.
+    judge: a function of (pair, text), 0 to 1, of which the score is the mean over some responses
+    (s.draws) that the model samples for each pair; by default exact match, if all pairs have
+    answers. Without a judge one is drawn for each of the first three pairs, to look at.
     metrics: accuracy, margin, credit_auroc, token_reward_auroc, score; None where there is none.
     """
     if not pairs:
@@ -1405,9 +1405,9 @@ def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **chan
     if judge is None and all(pair.answers for pair in pairs):
         judge = exact_match
     if judge:
-        texts = sample(model, tokenizer, [p for p in pairs for _ in range(draws)], s.seed)
+        texts = sample(model, tokenizer, [p for p in pairs for _ in range(s.draws)], s.seed)
         for i, pair in enumerate(pairs):
-            pair.samples = texts[i * draws : (i + 1) * draws]
+            pair.samples = texts[i * s.draws : (i + 1) * s.draws]
             pair.score = float(np.mean([judge(pair, text) for text in pair.samples]))
         metrics["score"] = np.mean([pair.score for pair in pairs])
     else:
@@ -1734,7 +1734,7 @@ def compare(s, out, judge=None):
         model.load_state_dict(weights)
         own, own_heldout = variant_rewards(model, pairs, heldout, variant)
         model.load_state_dict(weights)
-        curves[name] = train(model, own, variant, heldout=own_heldout)
+        curves[name] = train(model, own, variant)
         metrics, shown[name] = evaluate(model, tokenizer, own_heldout, variant, judge)
         each = {p.where: p.correct if p.score is None else p.score for p in shown[name]}
         about = {"variant": name, "seed": seed, "algorithm": variant.algorithm}
@@ -1872,6 +1872,7 @@ class Settings:
     holdout: float = flag(0.1, "without such a split: share of the pairs, or from 1 on number", 0)
     max_pairs: int | None = flag(None, "train on at most this many pairs", 1)
     max_length: int = flag(1024, "in tokens; longer pairs are dropped", 8)
+    draws: int = flag(4, "responses sampled for a held-out pair, where something judges them", 1)
 
     algorithm: Literal["dpo", "simpo"] = flag("dpo", "the preference loss")
     alpha: float = flag(0.25, "strength of the regulariser; 0 is plain DPO or SimPO", 0)
