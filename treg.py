@@ -22,12 +22,13 @@ one pair. Since w is also the factor in the gradient of −log σ(z), T-REG resc
 each token, by 1 + α r̂_t in the chosen response and by 1 − α r̂_t in the rejected one.
 
 Our own derivation or choice, not the paper's: these two factors (they hold for sequence weighting,
-not for static, where the w in L is the constant ½); that ½; the regulariser in terms of r_t for
-SimPO too; γ in SimPO's w.
+not for static, where the w in L is the constant ½); this constant; the regulariser in terms of r_t
+for SimPO too; γ in SimPO's w.
 
 Reading order. Sections 1 to 3 are the paper: they need torch alone, and are made to be copied.
     1 prompts    2 token rewards    3 implicit rewards and the loss
-Sections 4 to 6 put them to work; after these the method is whole.
+After these stand small tools, for errors and printing: skip them.
+Sections 4 to 6 put the paper to work; after these the method is whole.
     4 log-probs    5 annotate    6 train
 The rest is what a program needs. The settings, s in the code, are explained in section 11.
     7 data    8 evaluate and show    9 the tiny model    10 compare    11 settings and run
@@ -49,6 +50,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import sys
 import textwrap
@@ -57,10 +59,10 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from string import Formatter
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 if __name__ == "__main__":  # what follows takes some seconds
     print("loading …", file=sys.stderr)
@@ -126,7 +128,8 @@ def token_rewards(better_logps, worse_logps, mask):
 
     better_logps, worse_logps: log π_eval of the response tokens after x_better and after x_worse.
     """
-    # where, not a product: padding may hold NaN, and NaN × 0 is NaN, in value and in gradient
+    # where, not a product: padding may hold NaN, and NaN × 0 is NaN. Below, where gradients flow,
+    # it keeps them finite too
     difference = torch.where(mask.bool(), better_logps - worse_logps, 0.0)
     return torch.sigmoid(difference) - 0.5
 
@@ -217,7 +220,7 @@ def loading(path):
 
 def bar(items=None, delay=1, **options):
     """A progress bar, after a second, where standard error is a terminal or a notebook's."""
-    off = None if hasattr(sys.stderr, "isatty") else True  # None: tqdm asks whether it is one
+    off = None if hasattr(sys.stderr, "isatty") else True  # None: tqdm looks for a terminal
     return tqdm(items, delay=delay, leave=False, disable=off, **options)
 
 
@@ -332,12 +335,13 @@ def full_attention(model, length):
     """
     config = model.config.get_text_config()
     settings = config.to_dict()
-    # a state runs through the row, from one response into the next; so does a convolution
+    # a state runs through the row, from one response into the next (Mamba); so does a convolution
+    # (LFM2)
     if getattr(model, "_is_stateful", False):
         return False
     if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
         return False
-    # other kinds of layers, or a window that a row does not fit into
+    # other kinds of layers (Qwen3-Next), or a window that a row does not fit into (Mistral)
     kinds = {*(settings.get("layer_types") or ())}
     if not kinds <= {"full_attention", "sliding_attention"}:
         return False
@@ -346,7 +350,7 @@ def full_attention(model, length):
     windowed = any(isinstance(window, int) and 0 < window < length for window in windows)
     if windowed and settings.get("use_sliding_window", True):
         return False
-    # positions that are turned by an angle which depends on the longest row
+    # positions that are turned by an angle which depends on the longest row (Phi-3's longrope)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     types = {part.get("rope_type", part.get("type", "default")) for part in ropes}
@@ -367,9 +371,9 @@ def sharing_is_exact(model, prompts, responses):
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, AssertionError, AttributeError):
         return False  # a model that takes no such mask or positions
-    return all(
-        torch.allclose(a, b, rtol=0, atol=1e-3) for a, b in zip(alone, together, strict=True)
-    )
+    # rounding moves log-probs by 1e-5, a response that sees another by 1e-2 and more
+    both = zip(alone, together, strict=True)
+    return all(torch.allclose(one, other, rtol=0, atol=1e-3) for one, other in both)
 
 
 # --------------------------------------------------------------------------------------- 5 annotate
@@ -496,8 +500,11 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     model: the untrained policy. pairs: from load_pairs, or encoded.
     reward_model: π_eval, a language model with the same tokenizer; by default the model itself.
     settings, changes: it uses prompts, token_rewards, alpha, dtype, max_length, pass_tokens and
-    seed. With alpha 0, or "sft", no contrastive prompt is read; with alpha 0 r̂ is 0 but for "sft".
-    "dpo" gives the contrastive ones: compare replaces them after it has trained with DPO.
+    seed. What r̂ becomes, by token_rewards:
+        contrastive, shuffled, swapped   from the contrastive prompts; 0, and none is read, if alpha
+                                         is 0
+        sft                              1 on the chosen response, 0 on the rejected; none is read
+        dpo                              as contrastive: compare replaces it after training by DPO
     """
     s = resolve(settings, model, **changes)
     contrastive = s.alpha > 0 and s.token_rewards != "sft"
@@ -510,16 +517,17 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     pairs = [copied(pair) for pair in pairs]
     scorer = reward_model or model
     for each in {model, scorer} if pairs else ():
-        # once False it stays False: an earlier call may have seen longer rows
+        # not known yet, or True for the rows of an earlier call; once False it stays False
         if getattr(each, "shares_prompts", True):
             rows = scored_rows(max(pairs, key=longest_row))  # what goes wrong grows with length
             each.shares_prompts = sharing_is_exact(each, *zip(*rows, strict=True))
             if not each.shares_prompts:
                 say("note: this architecture cannot share prompts: each response is computed alone")
     with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
-        # a third of the budget: each response stands after three prompts, x, x_better and x_worse
+        # packs counts one prompt for each pair, and a response is read after up to three
         for pack in packs(pairs, s.pass_tokens // 3):
             responses = sides(pack)
+            # in the precision of training: before the first step log π − log π_ref is to be 0
             ref_logps, mask = policy_logps(model, pack, s.dtype)
             hats = torch.zeros_like(ref_logps)
             if contrastive:
@@ -633,7 +641,7 @@ def take_step(model, optimizer, batch, s, lr):
         raise UserError(f"not finite: {values}, pairs {where}; {DIVERGED}")
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # their memory is free for what comes between two steps
     return {**row, "grad_norm": norm, "lr": lr}
 
 
@@ -649,8 +657,8 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
     """Train model in place on annotated pairs. -> one dict of metrics for each step.
 
     settings, changes: it uses those of the loss and of training. heldout: annotated pairs on which
-    accuracy and margin are measured five times. out: a folder for metrics.jsonl and checkpoint.pt;
-    if it has a checkpoint, training goes on from there.
+    accuracy and margin are measured up to five times. out: a folder for metrics.jsonl and
+    checkpoint.pt; if it has a checkpoint, training goes on from there.
     UserError: loss, gradient or weights are not finite any more.
     """
     s = resolve(settings, model, **changes)
@@ -688,7 +696,7 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
             stop.args = (f"stopped; --resume {out} goes on after step {saved} of {total}",)
         raise
     except UserError as error:
-        kept = f"; {out}/checkpoint.pt has the weights after step {saved}" if out else ""
+        kept = f"; {out}/checkpoint.pt has the weights after step {saved}" if out and saved else ""
         raise UserError(f"step {step + 1}: {error}{kept}") from None
     finally:
         steps.close()
@@ -722,31 +730,33 @@ def load_pairs(source, split="train"):
     UserError: names the rows that cannot be used, or what is wrong with the file.
     """
     splits = load_splits(source)
+    need(split in splits, f"{source}: no split {split}, only {', '.join(splits)}")
     for name, pairs in splits.items():
         if name != split:
             say(f"{source}: {len(pairs)} rows of split {name} are left out")
-    return splits.get(split, [])
+    return splits[split]
 
 
 def load_splits(source):
     """The same for every split. -> {split: pairs}."""
     splits, bad = {}, []
-    prompted, bare = False, []  # does a row have a prompt column? the places of those without
+    places = {True: [], False: []}  # of the rows with and without a prompt column
     for where, row in bar(read_rows(str(source)), desc="read", unit=" rows"):
         try:
-            row = as_object(row, where)
-            pair = read_pair(row, where)
+            if isinstance(row, bytes):
+                with explain("not valid JSON, or not UTF-8", "mend the line or take it out"):
+                    row = json.loads(row, object_pairs_hook=without_twins)
+            pair = read_pair(row)
         except UserError as error:
-            bad.append(str(error))
+            bad.append(f"{where}: {error}")
             continue
-        if any(given(row, name) is not None for name in PROMPT_COLUMNS):
-            prompted = True
-        else:
-            bare.append(where)
+        pair.where = where
+        prompted = any(given(row, name) is not None for name in PROMPT_COLUMNS)
+        places[prompted].append(where)
         split = given(row, "split")
         splits.setdefault("train" if split is None else str(split), []).append(pair)
-    if prompted:
-        bad += [f"{where}: has no prompt column, as other rows have" for where in bare]
+    if places[True]:
+        bad += [f"{where}: has no prompt column, as other rows have" for where in places[False]]
     refuse(bad)
     need(splits, f"{source}: holds no rows to use; a row {WANTED}")
     return splits
@@ -758,13 +768,12 @@ def read_rows(source):
     A row is a dict; or the bytes of a line of JSON, so that one bad line does not hide the next.
     """
     path, kind = Path(source), source.removesuffix(".gz").rpartition(".")[2]
-    files = ("json", "jsonl", "csv", "parquet")
-    if kind not in files and not path.exists():
+    known = kind in ("json", "jsonl", "csv", "parquet")
+    if not known and not path.exists():
         yield from hub_rows(source)
         return
-    why = "is a folder" if path.is_dir() else "unknown ending" if path.exists() else "no such file"
-    known = path.is_file() and kind in files
-    need(known, f"{path}: {why}; name a .json, .jsonl, .csv or .parquet file")
+    what = f"{path}: no such file, or of unknown ending"
+    need(known and path.is_file(), f"{what}; name a .json, .jsonl, .csv or .parquet file")
     with explain(f"{path}: not valid {kind}", "mend the file or write it again"):
         data = path.read_bytes()
         if path.suffix == ".gz":
@@ -773,16 +782,25 @@ def read_rows(source):
         if kind == "parquet":
             # not by datasets, which takes brackets in a file's name for a pattern
             rows = parquet.read_table(io.BytesIO(data)).to_pylist()
-            yield from ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1))
         elif kind == "csv":
-            yield from csv_rows(path, data)
-        elif kind == "json" and not one_row_a_line(data):
+            # by the standard library: every cell stays the text that it is, "NA" and "007" too
+            csv.field_size_limit(2**31 - 1)
+            text = data.decode("utf-8", "surrogateescape").lstrip()
+            rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            without_twins([(name, None) for name in rows.fieldnames or () if name])
+        elif kind == "json" and data.lstrip().startswith(b"["):
             rows = json.loads(data, object_pairs_hook=without_twins)
-            need(isinstance(rows, list), f"{path}: must hold one list of rows, or a row a line")
-            yield from ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1))
-        else:
+        else:  # JSON Lines, which many tools write into a file that they call .json
             lines = enumerate(data.split(b"\n"), 1)  # bytes: only a newline ends a line
             yield from ((f"{path}:{i}", line) for i, line in lines if line.strip())
+            return
+        count = 0
+        try:
+            for row in rows:
+                count += 1
+                yield f"{path}:row {count}", row
+        except csv.Error as error:
+            raise ValueError(f"in row {count + 1} or after it: {error}") from None
 
 
 def hub_rows(name):
@@ -797,45 +815,12 @@ def hub_rows(name):
             yield f"{name}:{split} row {i}", {**row, "split": split}
 
 
-def csv_rows(path, data):
-    """By the standard library: every cell stays the text that it is, "NA" and "007" too."""
-    csv.field_size_limit(2**31 - 1)
-    lines = io.StringIO(data.decode("utf-8", "surrogateescape").lstrip(), newline="")
-    reader = csv.DictReader(lines, strict=True)
-    twins = [name for name, count in Counter(reader.fieldnames).items() if name and count > 1]
-    need(not twins, f"{path}: has the column {', '.join(twins)} twice; take one of them out")
-    i = 0
-    try:
-        for i, row in enumerate(reader, 1):
-            yield f"{path}:row {i}", row
-    except csv.Error as error:
-        where = f"{path}:row {i + 1}: here or after it not valid csv"
-        raise UserError(f"{where} ({error}); mend its quotes") from None
-
-
-def one_row_a_line(data):
-    """Many tools write JSON Lines into a file that they call .json."""
-    with contextlib.suppress(ValueError):
-        return isinstance(json.loads(data.lstrip().partition(b"\n")[0]), dict)
-    return False
-
-
 def without_twins(items):
-    """An object of JSON as a dict. A name that stands twice says two things."""
+    """Names and values -> a dict. A name that stands twice says two things."""
     twins = [name for name, count in Counter(name for name, _ in items).items() if count > 1]
     if twins:
         raise ValueError(f"the name {', '.join(twins)} stands twice")
     return dict(items)
-
-
-def as_object(row, where):
-    """A row, or a line of JSON, as a dict."""
-    if isinstance(row, bytes):
-        with explain(f"{where}: not valid JSON, or not UTF-8", "mend the line or take it out"):
-            row = json.loads(row, object_pairs_hook=without_twins)
-    need(isinstance(row, dict), f"{where}: a row is an object; it {WANTED}")
-    need(None not in row, f"{where}: more cells than columns; quote cells that hold commas")
-    return row
 
 
 # From a row to a pair. Every format ends in the same: messages before, and two last messages.
@@ -846,9 +831,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 UNREAD = ("query", "problem", "messages", "context", "system_prompt", "documents", "functions")
 UNREAD += ("image", "images", "videos", "audio", "chat_template_kwargs")
 # a list of messages that csv has turned into text
-LISTED = re.compile(
-    r"""\s*\[?\s*\{(?=.*['"](role|from)['"]\s*:)(?=.*['"](content|value)['"]\s*:)""", re.S
-)
+LISTED = re.compile(r"""(?s)\s*\[?\s*\{(?=.*['"](role|from)['"]:)(?=.*['"](content|value)['"]:)""")
 
 
 def given(row, name):
@@ -860,40 +843,39 @@ def given(row, name):
     return None if blank else value
 
 
-def read_pair(row, where):
+def read_pair(row):
     """A row of any documented format -> a Pair of texts. UserError: it cannot be used, and why."""
+    need(isinstance(row, dict), f"a row is an object; it {WANTED}")
+    need(None not in row, "more cells than columns; quote cells that hold commas")
     columns = [str(name) for name in row if given(row, name) is not None]
     found = f"a row {WANTED}; found {shorten(', '.join(columns)) or 'nothing'}"
     for side in ("chosen", "rejected"):
         there = side in columns or isinstance(row.get(side), str)  # blank: encode drops the pair
-        need(there, f"{where}: {side} is missing; {found}")
-    chosen = read_turns(row["chosen"], f"{where}: chosen", "assistant")
-    rejected = read_turns(row["rejected"], f"{where}: rejected", "assistant")
+        need(there, f"{side} is missing; {found}")
+    chosen = read_turns(row["chosen"], "chosen", "assistant")
+    rejected = read_turns(row["rejected"], "rejected", "assistant")
     alike = chosen[:-1] == rejected[:-1]
-    need(alike, f"{where}: chosen and rejected must be the same up to their last message")
+    need(alike, "chosen and rejected must be the same up to their last message")
 
-    prompt = read_prompt(row, where)
-    asked = any(message["role"] == "user" for message in prompt + chosen[:-1])
-    need(asked, f"{where}: has no prompt; {found}")
-    prompt = agreed(prompt, chosen[:-1], where)
-    ends = prompt[-1]["role"] in ("user", "tool")
-    need(ends, f"{where}: prompt must end with a message of the user's")
+    prompt = agreed(read_prompt(row), chosen[:-1])
+    roles = [message["role"] for message in prompt]
+    asks = "user" in roles and roles[-1] in ("user", "tool")
+    need(asks, f"has no prompt that ends with a message of the user's; {found}")
     seen = "\n".join(message["content"] for message in prompt)
     for name in UNREAD:
         lost = name in columns and not all(text in seen for text in words_of(row[name]))
-        need(not lost, f"{where}: the column {name} would not be seen; put it into the prompt")
+        need(not lost, f"the column {name} would not be seen; put it into the prompt")
     if dialogue(row.get("prompt")):  # its responses are stripped as its turns are
         for message in (chosen[-1], rejected[-1]):
             message["content"] = message["content"].strip()
             later = re.search(r"\n\n(Human|Assistant):", message["content"])
-            need(not later, f"{where}: a response holds turns of its own; give the last one alone")
+            need(not later, "a response holds turns of its own; give the last one alone")
     return Pair(
         prompt=prompt,
-        chosen=read_response(chosen[-1], row, "chosen", where),
-        rejected=read_response(rejected[-1], row, "rejected", where),
-        where=where,
-        tools=read_list(row, "tools", is_tool, "function descriptions, each with a name", where),
-        answers=read_list(row, "answers", is_text, "texts", where),
+        chosen=read_response(chosen[-1], row, "chosen"),
+        rejected=read_response(rejected[-1], row, "rejected"),
+        tools=read_list(row, "tools", tool_name, "function descriptions, each with a name"),
+        answers=read_list(row, "answers", lambda text: isinstance(text, str), "texts"),
     )
 
 
@@ -906,60 +888,51 @@ def words_of(value):
 
 def read_text(value, what):
     """The value, if it is a text that can be trained on; what it is called in the UserError."""
-    need(isinstance(value, str), f"{what} must be text, not {type(value).__name__}")
-    need(value.strip(), f"{what} is blank; give it text or take the row out")
-    broken = re.search("[\ud800-\udfff]", value)
-    need(not broken, f"{what} holds what is no character; save it as UTF-8")
+    sound = isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
+    need(sound, f"{what} must be text, not blank, and saved as UTF-8; found {shorten(repr(value))}")
     return value
 
 
-def read_list(row, name, sound, wanted, where):
+def read_list(row, name, sound, wanted):
     """A list in a column, perhaps as JSON, whose items are all sound; None where it is absent."""
     value = given(row, name)
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with explain(f"{where}: {name} is a list turned into text", "save the data as .jsonl"):
+        with explain(f"{name} is a list turned into text", "save the data as .jsonl"):
             value = json.loads(value)
     if isinstance(value, str):
         value = [value]
     fits = value is None or isinstance(value, list) and all(map(sound, value))
-    need(fits, f"{where}: {name} must be a list of {wanted}")
+    need(fits, f"{name} must be a list of {wanted}")
     return value
 
 
-def is_text(value):
-    return isinstance(value, str)
-
-
-def is_two(turn):
-    return isinstance(turn, list) and len(turn) == 2
-
-
-def is_tool(tool):
-    tool = tool.get("function", tool) if isinstance(tool, dict) else None
-    return isinstance(tool, dict) and isinstance(tool.get("name"), str)
+def tool_name(tool):
+    """The name in a function description; None: it has none, so it is no description."""
+    about = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = about.get("name") if isinstance(about, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def read_turns(value, what, role):
     """A text of role's, an HH dialogue, a message or a list of messages -> messages."""
     if isinstance(value, str):
         need(not LISTED.match(value), f"{what} is a list turned into text; save the data as .jsonl")
-        if value.strip() or role == "user":
-            read_text(value, what)
         turns = dialogue(value) or [{"role": role, "content": value}]
         if role == "user" and len(turns) == 1:
             ready = re.search(r"(?i)(Assistant|### Response):\s*\Z", value)
             need(not ready, f"{what} ends like a template; give the user's words alone")
     else:
-        value = [value] if isinstance(value, dict) else value
-        need(isinstance(value, list), f"{what} must be text or a list of messages")
+        value = value if isinstance(value, list) else [value]
         turns = [read_message(message, what) for message in value]
         turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
+    for turn in turns:
+        if turn["role"] == "user":  # others may be blank
+            read_text(turn["content"], what)
+    for text in filter(str.strip, texts_in(turns)):
+        read_text(text, what)
     if role == "user" and turns[-1:] == [{"role": "assistant", "content": ""}]:
         turns.pop()  # HH text ends with "Assistant:"
-    blank = any(turn["role"] == "user" and not turn["content"].strip() for turn in turns)
-    need(not blank, f"{what}: a message of the user's is blank")
-    need(turns, f"{what} holds no message")
-    ends = role == "user" or turns[-1]["role"] == role
+    ends = role == "user" or turns and turns[-1]["role"] == role
     need(ends, f"{what} must end with a message of the assistant's")
     return turns
 
@@ -977,64 +950,64 @@ def dialogue(text):
 
 def read_message(message, what):
     """A message without its absent fields; a list of text parts becomes one text."""
-    need(isinstance(message, dict), f"{what}: a message is an object with role and content")
+    wanted = f"{what} must be text or messages, with a role of {', '.join(ROLES)}, content that is"
+    wanted += f" text, and tool_calls, not function_call; found {shorten(repr(message))}"
+    need(isinstance(message, dict), wanted)
     message = {name: message[name] for name in message if given(message, name) is not None}
-    found = f"found {shorten(', '.join(map(str, message)))}"
-    known = message.get("role") in ROLES
-    need(known, f"{what}: a message has content and a role of {', '.join(ROLES)}; {found}")
-    old = "function_call" in message
-    need(not old, f"{what}: function_call would not be seen; write it as tool_calls")
     content = message.get("content", "")
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        need(all(isinstance(text, str) for text in texts), f"{what}: holds more than text")
-        content = "".join(texts)
-    need(isinstance(content, str), f"{what}: content must be text or a list of text parts")
-    for text in filter(str.strip, texts_in({**message, "content": content})):
-        read_text(text, what)
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    sound = message.get("role") in ROLES and isinstance(content, str)
+    need(sound and "function_call" not in message, wanted)
     return {**message, "content": content}
 
 
-def read_prompt(row, where):
+def read_prompt(row):
     """What all columns but the responses say of the prompt -> messages, perhaps none."""
     names = [name for name in PROMPT_COLUMNS if given(row, name) is not None]
     alike = len({str(row[name]).strip() for name in names}) < 2
-    need(alike, f"{where}: {' and '.join(names)} say different things; take one of them out")
-    turns = read_turns(row[names[0]], f"{where}: {names[0]}", "user") if names else []
+    need(alike, f"{' and '.join(names)} say different things; take one of them out")
+    turns = read_turns(row[names[0]], names[0], "user") if names else []
     if given(row, "input") is not None:
-        fits = names[:1] == ["instruction"]
-        need(fits, f"{where}: the column input goes with instruction alone")
-        extra = read_text(row["input"], f"{where}: input")
+        need(names[:1] == ["instruction"], "the column input goes with instruction alone")
+        extra = read_text(row["input"], "input")
         turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n\n{extra}"}
     before = []
     if given(row, "system") is not None:
         twice = any(turn["role"] in ("system", "developer") for turn in turns)
-        need(not twice, f"{where}: has two system messages; take one of them out")
-        before.append({"role": "system", "content": read_text(row["system"], f"{where}: system")})
-    for turn in read_list(row, "history", is_two, "[user's text, assistant's]", where) or ():
-        user, assistant = (read_text(text, f"{where}: history") for text in turn)
+        need(not twice, "has two system messages; take one of them out")
+        before.append({"role": "system", "content": read_text(row["system"], "system")})
+    wanted = "[user's text, assistant's]"
+    turns_of_two = read_list(row, "history", lambda t: isinstance(t, list) and len(t) == 2, wanted)
+    for turn in turns_of_two or ():
+        user, assistant = (read_text(text, "history") for text in turn)
         before += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return before + turns
 
 
-def agreed(prompt, shared, where):
-    """The prompt of a row that has it in columns, or in its message lists, or in both."""
-    if not prompt or not shared:
-        return prompt or shared
-    if len(prompt) == 1 and prompt[0]["role"] == "user":
-        said = prompt[0]["content"].strip()
-        if any(m["role"] == "user" and m["content"].strip() == said for m in shared):
-            return shared
-    longer, shorter = sorted((prompt, shared), key=len, reverse=True)
-    if longer[-len(shorter) :] == shorter or longer[: len(shorter)] == shorter == prompt:
-        return longer  # one repeats the other, perhaps without its system message
+def agreed(prompt, shared):
+    """One prompt from what the columns say and what both message lists begin with.
+
+    Where one says all that the other does, perhaps without the system message, it is that one:
+    a prompt "And then?" beside message lists that begin with a talk which ends in "And then?".
+    """
+
+    def stripped(messages):
+        return [{**message, "content": message["content"].strip()} for message in messages]
+
+    starts = range(len(shared) - len(prompt) + 1) if shared else ()
+    if any(stripped(shared[i : i + len(prompt)]) == stripped(prompt) for i in starts):
+        return shared
+    if prompt[len(prompt) - len(shared) :] == shared:
+        return prompt
     systems = ("system", "developer")
     if all(m["role"] in systems for m in prompt) and shared[0]["role"] not in systems:
         return prompt + shared
-    raise UserError(f"{where}: prompt and the messages before the last say different things")
+    raise UserError("prompt and the messages before the last say different things")
 
 
-def read_response(message, row, side, where):
+def read_response(message, row, side):
     """The last message of a side, and its error spans -> a Response."""
     text = message["content"]
 
@@ -1042,12 +1015,12 @@ def read_response(message, row, side, where):
         whole = isinstance(span, list) and [type(end) for end in span] == [int, int]
         return whole and 0 <= span[0] < span[1] <= len(text)
 
-    errors = read_list(row, f"{side}_errors", is_span, "[start, end) within the text", where)
-    if errors is None and row.get(f"{side}_errors") == []:
-        errors = []  # labelled, and without an error
-    if errors is not None:
-        moved = isinstance(row[side], str) and text != row[side]
-        need(not moved, f"{where}: {side}_errors would shift; give prompt and responses apart")
+    name = f"{side}_errors"
+    errors = read_list(row, name, is_span, "[start, end) within the text")
+    if row.get(name) == []:  # labelled, and without an error
+        errors = []
+    moved = errors is not None and isinstance(row[side], str) and text != row[side]
+    need(not moved, f"{name} would shift; give prompt and responses apart")
     return Response(message, errors)
 
 
@@ -1062,19 +1035,6 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 SNOWMAN = "☃"  # stands for the assistant's words, to see what the template writes around them
-
-
-def plain_template(tokenizer):
-    """PLAIN_TEMPLATE, with the BOS before it if this tokenizer puts one before any text."""
-    begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return "{{ bos_token }}" + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
-
-
-def render(tokenizer, messages, tools=None, **options):
-    """The messages in the model's template, as text."""
-    if not tokenizer.chat_template:
-        options["chat_template"] = plain_template(tokenizer)
-    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
 
 
 def merged(messages):
@@ -1096,33 +1056,33 @@ def in_template(tokenizer, messages, reply, tools=None):
     reply: the assistant's message.
     UserError: the template refuses the messages, or leaves some of what they say out.
     """
+    render = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
     ways = [messages]
     if messages[0]["role"] in ("system", "developer"):
         ways.append(merged(messages))
     mark = {"role": "assistant", "content": SNOWMAN}
     problems = []
-    for shape in (dict, as_parts):
-        for way in ways:
-            prompt = [shape(message) for message in way]
-            try:
-                whole = render(tokenizer, [*prompt, shape(reply)], tools)
-                around = render(tokenizer, [*prompt, shape(mark)], tools)
-                opened = render(tokenizer, prompt, tools, add_generation_prompt=True)
-            except Exception as error:  # jinja has many
-                problems.append(f"the chat template refuses it: {one_line(error)}")
-                continue
-            lost = left_out([*way, mark], around, tools)
-            if repr(shape(mark)["content"]) in around and shape is as_parts:
-                lost = "what is text in a list of parts"  # it writes the list as Python does
-            if lost:
-                problems.append(f"the chat template leaves out {lost}")
-                continue
-            head, _, tail = around.rpartition(SNOWMAN)
-            if not whole.endswith(tail):  # a tool call may end otherwise than an answer
-                tail = whole[max(map(whole.rfind, special_tokens(tokenizer))) :]
-            words = way[-1]["content"].strip()
-            asked = head.rfind(words) + len(words)
-            return *split_reply(whole, head, tail, opened, asked, reply), tail
+    for shape, way in itertools.product((dict, as_parts), ways):
+        prompt = [shape(message) for message in way]
+        try:
+            whole = render([*prompt, shape(reply)])
+            around = render([*prompt, shape(mark)])
+            opened = render(prompt, add_generation_prompt=True)
+        except Exception as error:  # jinja has many
+            problems.append(f"the chat template refuses it: {one_line(error)}")
+            continue
+        lost = left_out([*way, mark], around, tools)
+        if repr(as_parts(mark)["content"]) in around:
+            lost = "what is text in a list of parts"  # it writes the list as Python does
+        if lost:
+            problems.append(f"the chat template leaves out {lost}")
+            continue
+        head, _, tail = around.rpartition(SNOWMAN)
+        if not whole.endswith(tail):  # a tool call may end otherwise than an answer
+            tail = whole[max(map(whole.rfind, special_tokens(tokenizer)), default=len(whole)) :]
+        words = way[-1]["content"].strip()
+        asked = head.rfind(words) + len(words)  # the template's own words begin here
+        return *split_reply(whole, head, tail, opened, asked, reply), tail
     raise UserError(problems[0])
 
 
@@ -1131,10 +1091,11 @@ def split_reply(whole, head, tail, opened, asked, reply):
 
     head, tail: what stands around the snowman. opened: the rendering with a generation prompt.
     asked: where the user's words end in both. Three kinds of templates and replies meet here:
-        the template writes the same around every reply                   -> head, the reply
-        it writes an empty <think></think>, or a thought that the reply has in a field of its own,
-        or its generation prompt opens <think>, and the reply has thoughts  -> opened, the rest
-        it leaves thoughts out of what it writes                          -> opened, the reply
+        the template writes the same around every reply (ChatML)          -> head, the reply
+        it writes an empty <think></think> before a reply without thoughts (Qwen3), or a thought
+        that the reply has in a field of its own, or its generation prompt opens <think>, and the
+        reply has thoughts                                                -> opened, the rest
+        it leaves thoughts out of what it writes (R1)                     -> opened, the reply
     """
     text = reply["content"].strip()
     tag = re.match(r"(<[^<>\s]+>|\[[A-Z_]+\])?", text)[0]  # such as <think>
@@ -1146,6 +1107,8 @@ def split_reply(whole, head, tail, opened, asked, reply):
             return prompt, body
     lost = left_out([{**reply, "content": ""}], "")
     need(not lost, f"the chat template leaves out {lost}")
+    # the third kind: the reply as it is, after the prompt that the model is given; without the
+    # empty block of thoughts that some write even there
     prompt = opened
     if not opened.startswith(head):
         prompt = head[: head.rindex(tag)] if tag and tag in head[asked:] else head
@@ -1162,9 +1125,9 @@ def left_out(messages, text, tools=None):
         for message in messages
         for name, words in said_in(message)
     ]
-    names = [tool.get("function", tool)["name"] for tool in tools or ()]
-    said += [(f"the tool {name}", name) for name in names]
+    said += [(f"the tool {name}", name) for name in map(tool_name, tools or ())]
     for what, words in said:
+        # one text may be part of another, and is then to be found in that one too
         forms = {words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1]}
         if sum(map(text.count, forms)) < sum(other.count(words) for _, other in said):
             return what
@@ -1197,14 +1160,14 @@ def special_tokens(tokenizer):
 
 def end_token(tokenizer, tail):
     """-> (id of the end token, what stands before it) of what the template writes after a reply."""
+    special = special_tokens(tokenizer)
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    for tokens in (special_tokens(tokenizer), added):  # some end in one not marked as special
-        found = [(tail.find(token), -len(token), token) for token in tokens if token.strip()]
-        found = [place for place in found if place[0] >= 0]
-        if found:
-            at, _, token = min(found)
-            return tokenizer.convert_tokens_to_ids(token), tail[:at]
-    return tokenizer.eos_token_id, ""
+    found = [token for token in special | added if token.strip() and token in tail]
+    if not found:
+        return tokenizer.eos_token_id, ""
+    # the first and longest; one that is not marked as special only where there is no other
+    end = min(found, key=lambda token: (token not in special, tail.find(token), -len(token)))
+    return tokenizer.convert_tokens_to_ids(end), tail[: tail.find(end)]
 
 
 # Turn markers of other models. With the tokenizer's own they tell a text that has been through a
@@ -1221,8 +1184,13 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
     taken off and counted: each gets exactly one. Dropped and counted are pairs whose responses are
     blank or the same, whose texts hold markers of a chat template, or whose longest prompt and
     response have more than max_length tokens (a cut could change who won).
+    A tokenizer without a chat template gets the plain one.
     UserError: names the rows that the chat template cannot take.
     """
+    if not tokenizer.chat_template:
+        # with the BOS before it if this tokenizer puts one before any text
+        begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = "{{ bos_token }}" + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
     own = [token for token in special_tokens(tokenizer) if not THOUGHTS.fullmatch(token)]
     marks = "|".join([MARKS, *map(re.escape, sorted(own, key=len, reverse=True))])
     dropped, cleaned, bad, encoded = Counter(), 0, [], []
@@ -1235,11 +1203,7 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
             cleaned += text != response.text
             response.message = {**response.message, "content": text}
         try:
-            reason = text_fault(pair, marks)
-            if not reason:
-                for response in (pair.chosen, pair.rejected):
-                    encode_response(tokenizer, pair, response, style)
-                reason = length_fault(pair, max_length)
+            reason = encode_pair(tokenizer, pair, style, max_length, marks)
         except UserError as error:
             bad.append(f"{pair.where}: {error}")
             continue
@@ -1255,18 +1219,16 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
     return encoded
 
 
-def text_fault(pair, marks):
-    """Why the texts of a pair are not trained on, or None."""
+def encode_pair(tokenizer, pair, style, max_length, marks):
+    """Set the ids of a pair. -> why it is not trained on, or None."""
     messages = [*pair.prompt, pair.chosen.message, pair.rejected.message]
     if not all(map(said_in, messages[-2:])):
         return "a blank response"
     texts = [text for message in messages for _, text in said_in(message)]
-    found = re.search(marks, "\n".join(texts))
-    return f"holds {found[0]}, of a chat template; give texts without one" if found else None
-
-
-def length_fault(pair, max_length):
-    """Why the token ids of a pair are not trained on, or None."""
+    if found := re.search(marks, "\n".join(texts)):
+        return f"holds {found[0]}, of a chat template; give texts without one"
+    for response in (pair.chosen, pair.rejected):
+        encode_response(tokenizer, pair, response, style)
     chosen, rejected = (r.prompt_ids.tolist() + r.ids.tolist() for r in sides([pair]))
     if chosen == rejected:
         return "chosen and rejected are the same"
@@ -1284,7 +1246,8 @@ def encode_response(tokenizer, pair, response, style):
     ids, offsets = ids_in_context(tokenizer, prompt, body + before_end)
     response.ids = torch.tensor([*ids, end], dtype=torch.int32)
     if response.errors is not None and offsets is not None:
-        # the template may have put thoughts before the words, or taken spaces or a tag off them
+        # the template may have put thoughts before the words, or taken spaces or a tag off them:
+        # where "A crow" becomes "<think></think>A crow", all spans move by 15
         words = reply["content"].strip()
         at = body.rfind(words) if words in body else len(body) - len(words)
         moved = at - reply["content"].find(words)
@@ -1383,8 +1346,8 @@ def sample(model, tokenizer, pairs, seed, more=8):
         model.generation_config = transformers.GenerationConfig()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            for batch in batched(pairs, 128):
-                texts += draw(model, tokenizer, batch, most, ends)
+            for start in range(0, len(pairs), 128):
+                texts += draw(model, tokenizer, pairs[start : start + 128], most, ends)
     finally:
         model.generation_config = own
     return texts
@@ -1419,17 +1382,13 @@ def draw(model, tokenizer, pairs, most, ends):
     return texts
 
 
-def batched(items, size):
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
 @torch.no_grad()
-def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **changes):
+def evaluate(model, tokenizer, pairs, settings=None, judge=None, **changes):
     """-> (metrics, copies of the annotated pairs with learned credit, correct, samples and score).
 
-    judge: a function of (pair, text), 0 to 1, of which the score is the mean over `draws` responses
-    that the model samples for each pair; by default exact match, if all pairs have answers. Without
-    a judge one response is drawn for each of the first three pairs, to look at.
+    judge: a function of (pair, text), 0 to 1, of which the score is the mean over some responses
+    (s.draws) that the model samples for each pair; by default exact match, if all pairs have
+    answers. Without a judge one is drawn for each of the first three pairs, to look at.
     metrics: accuracy, margin, credit_auroc, token_reward_auroc, score; None where there is none.
     """
     if not pairs:
@@ -1446,11 +1405,10 @@ def evaluate(model, tokenizer, pairs, settings=None, judge=None, draws=4, **chan
     if judge is None and all(pair.answers for pair in pairs):
         judge = exact_match
     if judge:
-        drawn = [pair for pair in pairs for _ in range(draws)]
-        texts = sample(model, tokenizer, drawn, s.seed)
-        for pair, samples in zip(pairs, batched(texts, draws), strict=True):
-            pair.samples = samples
-            pair.score = float(np.mean([judge(pair, text) for text in samples]))
+        texts = sample(model, tokenizer, [p for p in pairs for _ in range(s.draws)], s.seed)
+        for i, pair in enumerate(pairs):
+            pair.samples = texts[i * s.draws : (i + 1) * s.draws]
+            pair.score = float(np.mean([judge(pair, text) for text in pair.samples]))
         metrics["score"] = np.mean([pair.score for pair in pairs])
     else:
         texts = sample(model, tokenizer, pairs[:3], s.seed, more=64)
@@ -1468,18 +1426,18 @@ def shorten(text, width=72):
 
 
 def show(summary, old_pairs, new_pairs, tokenizer):
-    """Print what a run has changed: metrics, samples, rewards. -> the metrics, as text."""
+    """Print what a run has changed: metrics, samples, token rewards. -> the metrics, as text."""
     lines = [f"{'':20s}  before   after"]
     for name, value in summary["after"].items():
         if value is not None:
             old = summary["before"].get(name)
             old = "–" if old is None else f"{old:.3f}"
             lines.append(f"{name.replace('_', ' '):20s}{old:>8s}{value:8.3f}")
-    memory = summary["peak_memory_bytes"]
-    used = f"; peak memory {memory / 2**30:.2f} GiB" if memory else ""
-    lines += ["", f"annotation {summary['annotate_seconds']:.1f} s, "]
-    lines[-1] += f"training {summary['train_seconds']:.1f} s{used}"
-    say("\n" + "\n".join(lines))
+    cost = "\nannotation {annotate_seconds:.1f} s, training {train_seconds:.1f} s".format(**summary)
+    if summary["peak_memory_bytes"]:
+        cost += f"; peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+    text = "\n".join([*lines, cost])
+    say(f"\n{text}")
     for old, new in zip(old_pairs[:3], new_pairs[:3], strict=True):
         say(f"\nprompt  {shorten(new.prompt[-1]['content'])}")
         say(f"before  {shorten(old.samples[0])}")
@@ -1488,11 +1446,11 @@ def show(summary, old_pairs, new_pairs, tokenizer):
         say("\ntoken rewards ([+good], [-bad]: more than 0.1 from 0)")
         say(f"chosen    {bracketed(pair.chosen, tokenizer)}")
         say(f"rejected  {bracketed(pair.rejected, tokenizer)}")
-    return "\n".join(lines)
+    return text
 
 
 def bracketed(response, tokenizer):
-    """The tokens of a response, in brackets those whose reward is far from 0."""
+    """The tokens of a response, in brackets those whose token reward is far from 0."""
     texts = token_texts(tokenizer, response.ids.tolist())
     for i, reward in enumerate(response.token_rewards.tolist()):
         if abs(reward) > 0.1:
@@ -1506,51 +1464,44 @@ CSS = """<style>.treg { font: 15px/1.5 sans-serif; color-scheme: light dark; bac
 color: CanvasText; overflow-wrap: anywhere; print-color-adjust: exact;
 -webkit-print-color-adjust: exact } .treg pre { overflow-x: auto; line-height: 1.3 }
 .treg .row { display: grid; grid-template-columns: 14em 1fr; gap: 0 1em; break-inside: avoid;
-padding: 3px 0; border-top: 1px solid #8884 } .treg .text { white-space: pre-wrap }
+padding: 3px 0; border-top: 1px solid #8884; white-space: pre-wrap }
 .treg .token { white-space: break-spaces; border: solid #8886; border-width: 0 1px 0 0;
 padding: 2px 0 } .treg .error { text-decoration: underline wavy }
 .treg .curves { display: grid; gap: 1em; grid-template-columns: repeat(auto-fill,
-minmax(min(100%, 27em), 1fr)) } .treg figure { margin: 0; break-inside: avoid }
+minmax(min(100%, 22em), 1fr)) } .treg figure { margin: 0; break-inside: avoid }
 .treg h3 { break-after: avoid }
 .treg svg { width: 100%; max-width: 30em } .treg text { font-size: 12px; fill: currentColor }
 .treg path { stroke: #8886 } .treg polyline { fill: none; stroke-width: 2 }
 @media (max-width: 45em) { .treg .row { grid-template-columns: 1fr } }</style>"""
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{0}</title>
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>T-REG</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"></head>
 <body style="max-width: 64em; margin: 1.5em auto; padding: 0 1em">
-<div class="treg"><h1>{0}</h1><p>{1}</p><pre>{2}</pre><h2>Learning curves</h2>
+<div class="treg"><h1>T-REG</h1><p>{0}</p><pre>{1}</pre><h2>Learning curves</h2>
 <p>By training step; a line has at most 60 points, each the mean of the steps around it.</p>
-<div class="curves">{3}</div><h2>Tokens</h2></div>{4}</body></html>"""
+<div class="curves">{2}</div><h2>Tokens</h2></div>{3}</body></html>"""
 LEGEND = """<p>Blue tokens have values above 0 (good), orange ones below. A wavy line: a labelled
-error. Hover over a token for its value in each row. Σ: the sum of a row. ⏎: a line break.</p>"""
-CURVES = {
+error. Hover over a token for its value. Σ: the sum of a row. ⏎: a line break.</p>"""
+BLUE, ORANGE = "30 110 230", "235 120 0"
+CURVES = {  # what a figure shows; the second metric is dashed
     "loss": ["loss"],
     "margin": ["margin", "heldout_margin"],
     "accuracy": ["accuracy", "heldout_accuracy"],
     "log-probability of a response": ["chosen_logps", "rejected_logps"],
 }
-# the lines of a picture: colours and dashes
-COLOURS = {"#2f7fe0": "none", "#d96a00": "none", "#0f9a73": "6 3", "#9a5cf0": "6 3"}
-
-
-class Html(str):
-    """HTML that a notebook shows as such at the end of a cell."""
-
-    def _repr_html_(self):
-        return str(self)
 
 
 def escaped(text):
+    """Text that HTML shows and does not obey."""
     return html.escape(visible(text), quote=True)
 
 
-def token_box(text, share, hover, error=False):
-    """A token in HTML. share: its value as a part of the scale, -1 to 1."""
-    ink = "30 110 230" if share > 0 else "235 120 0"
-    tint = f"rgb({ink} / {0.7 * min(abs(share), 1):.2f})"
+def token_box(text, value, scale, error=False):
+    """A token in HTML, coloured by its value; full colour at ±scale."""
+    ink = BLUE if value > 0 else ORANGE
+    tint = f"rgb({ink} / {0.7 * min(abs(value) / scale, 1):.2f})"
     kind = "token error" if error else "token"
-    style = f'class="{kind}" style="background: {tint}" title="{escaped(hover)}"'
+    style = f'class="{kind}" style="background: {tint}" title="{value:+.3f}"'
     return f"<span {style}>{escaped(text)}</span>"
 
 
@@ -1564,12 +1515,13 @@ def token_texts(tokenizer, ids):
     return texts
 
 
-def html_row(label, content, kind):
-    return f'<div class="row"><div>{escaped(label)}</div><div class="{kind}">{content}</div></div>'
+def html_row(label, content):
+    """A label and HTML, side by side."""
+    return f'<div class="row"><div>{escaped(label)}</div><div>{content}</div></div>'
 
 
 def credit_map(pairs, tokenizer, layers):
-    """The tokens of both responses of every pair, in a row for each layer. -> Html.
+    """The tokens of both responses of every pair, in a row for each layer. -> HTML, a text.
 
     layers: {label: (pairs, "token_rewards" or "credit")}; the pairs of a layer are these ones, or
     the same with the credit of another model. The scale of r̂ is ±½, of credit its largest value.
@@ -1580,56 +1532,47 @@ def credit_map(pairs, tokenizer, layers):
     scales = {"token_rewards": 0.5, "credit": float(max(largest, default=1.0)) or 1.0}
     parts = [CSS, '<div class="treg">', LEGEND]
     for label, (_, name) in layers.items():
-        shares = (-1, -0.5, 0, 0.5, 1)
-        keys = [(f" {share * scales[name]:+.2f} ", share) for share in shares]
-        boxes = "".join(token_box(text, share, text) for text, share in keys)
-        parts.append(html_row(label, boxes + (" nats" if name == "credit" else ""), "tokens"))
-    for index, pair in enumerate(pairs):
+        scale = scales[name]
+        key = [token_box(f" {v:+.2f} ", v, scale) for v in np.linspace(-scale, scale, 5)]
+        parts.append(html_row(label, "".join(key) + (" nats" if name == "credit" else "")))
+    for i, pair in enumerate(pairs):
         parts.append(f"<h3>{escaped(pair.where)}</h3>")
-        parts += [html_row(m["role"], escaped(m["content"]), "text") for m in pair.prompt]
+        parts += [html_row(m["role"], escaped(m["content"])) for m in pair.prompt]
         for side in ("chosen", "rejected"):
             response = getattr(pair, side)
             texts = token_texts(tokenizer, response.ids.tolist())
             errors = [False] * len(texts) if response.good is None else (~response.good).tolist()
-            rows = {
-                label: getattr(getattr(of[index], side), name).tolist()
-                for label, (of, name) in layers.items()
-            }
-            values = zip(*rows.values(), strict=True)
-            hovers = ["\n".join(map("{} {:+.3f}".format, rows, column)) for column in values]
-            for label, row in rows.items():
-                shares = [value / scales[layers[label][1]] for value in row]
-                boxes = "".join(map(token_box, texts, shares, hovers, errors))
-                parts.append(html_row(f"{side}: {label}", f"{boxes} Σ {sum(row):+.3f}", "tokens"))
-    return Html("".join(parts) + "</div>")
+            for label, (of, name) in layers.items():
+                values = getattr(getattr(of[i], side), name).tolist()
+                scale = itertools.repeat(scales[name])
+                boxes = "".join(map(token_box, texts, values, scale, errors))
+                parts.append(html_row(f"{side}: {label}", f"{boxes} Σ {sum(values):+.3f}"))
+    return "".join(parts) + "</div>"
 
 
-def report(title, settings, text, curves, pairs, tokenizer, layers):
-    """One page that needs no other file. curves: {name: history}. layers: see credit_map."""
-    figures = []
-    for what, metrics in CURVES.items():
-        lines = {}
-        for name, history in curves.items():
-            for metric in metrics:
-                points = [(row["step"], row[metric]) for row in history if metric in row]
-                if points:
-                    label = f"{name}, {metric.split('_')[0]}" if "_" in metric else name
-                    lines[label] = [p.mean(0) for p in np.array_split(points, min(len(points), 60))]
-        values = [value for points in lines.values() for _, value in points] or [0.0]
-        for group in batched([*lines.items()], 4):
-            figures.append(picture(what, group, min(values), max(values)))
-    texts = (escaped(text) for text in (title, settings, text))
-    return PAGE.format(*texts, "".join(figures), credit_map(pairs, tokenizer, layers))
+def report(settings, text, curves, pairs, tokenizer, layers):
+    """One page that needs no other file. curves: {name: history}, two. layers: see credit_map."""
+    figures = "".join(picture(what, metrics, curves) for what, metrics in CURVES.items())
+    tokens = credit_map(pairs, tokenizer, layers)
+    return PAGE.format(escaped(settings), escaped(text), figures, tokens)
 
 
-def picture(title, lines, low, high):
-    """An SVG of at most four labelled lines [(label, points)], with axes from low to high."""
-    last = max(points[-1][0] for _, points in lines)
+def picture(title, metrics, curves):
+    """An SVG of one or two metrics of each history, with axes; below it what each line is."""
+    lines = []
+    for ink, (name, history) in zip((BLUE, ORANGE), curves.items(), strict=False):
+        for dash, metric in zip(("", "6 3"), metrics, strict=False):
+            points = [(row["step"], row[metric]) for row in history if metric in row]
+            if points:
+                means = [part.mean(0) for part in np.array_split(points, min(len(points), 60))]
+                lines.append((f"{name}, {metric.replace('_', ' ')}", ink, dash, means))
+    steps, values = np.concatenate([points for *_, points in lines]).T
+    last, low, high = steps.max(), values.min(), values.max()
 
     def place(step, value):
-        return 50 + 250 * step / last, 160 - 145 * (value - low) / (high - low or 1)
+        return 60 + 250 * step / last, 160 - 145 * (value - low) / (high - low or 1)
 
-    parts = [f'<figure><figcaption>{escaped(title)}</figcaption><svg viewBox="0 0 450 190">']
+    parts = [f'<figure><figcaption>{escaped(title)}</figcaption><svg viewBox="0 0 330 190">']
     for value in np.linspace(low, high, 5):
         x, y = place(0, value)
         parts.append(f'<path d="M{x} {y:.1f}h250"/>')
@@ -1637,19 +1580,14 @@ def picture(title, lines, low, high):
     for step in np.linspace(0, last, 3):
         text = f'y="180" text-anchor="middle">{step:.0f}'
         parts.append(f'<text x="{place(step, low)[0]:.1f}" {text}</text>')
-    below, room = 0, 174 - 14 * len(lines)
-    for colour, (label, points) in sorted(
-        zip(COLOURS, lines, strict=False), key=lambda line: -line[1][1][-1][1]
-    ):
-        corners = [place(*point) for point in points]
-        below, room = max(below + 14, min(corners[-1][1] + 4, room)), room + 14  # none on another
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-        stroke = f'stroke="{colour}" stroke-dasharray="{COLOURS[colour]}"'
+    legend = []
+    for label, ink, dash, corners in lines:
+        path = " ".join("{:.1f},{:.1f}".format(*place(*corner)) for corner in corners)
+        stroke = f'stroke="rgb({ink})" stroke-dasharray="{dash}"'
         parts.append(f'<polyline points="{path}" {stroke}/>')
-        parts.append(
-            f'<text x="305" y="{below:.1f}" style="fill: {colour}">{escaped(label)}</text>'
-        )
-    return "".join(parts) + "</svg></figure>"
+        sign = "┅" if dash else "━"
+        legend.append(f'<span style="color: rgb({ink})">{sign} {escaped(label)}</span>')
+    return "".join(parts) + f"</svg><div>{'<br>'.join(legend)}</div></figure>"
 
 
 # ------------------------------------------------------------------------------ 9 the tiny model
@@ -1668,28 +1606,19 @@ def make_tiny(pairs, seed, steps=2000, styles=tuple(PROMPTS)):
     """
     tokenizer = tiny_tokenizer(pairs)
     torch.manual_seed(seed)
-    config = transformers.GPT2Config(
-        name_or_path=TINY,
-        n_layer=2,
-        n_embd=64,
-        n_head=2,
-        n_positions=256,
-        vocab_size=len(tokenizer),
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 256, "initializer_range": 0.1}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = transformers.GPT2Config(name_or_path=TINY, vocab_size=len(tokenizer), **sizes)
     model = transformers.GPT2LMHeadModel(config).eval()
     model.shares_prompts = True
     rows = []
     for style in styles:
         for pair in encode(tokenizer, pairs, style, max_length=256):
             chosen, rejected = pair.chosen, pair.rejected
-            # a revision improves on the rejected response or spoils the chosen one: if it repeated
-            # what it is shown, the model would learn to copy
             rows.append((chosen.prompt_ids.tolist(), chosen.ids.tolist()))
             rows.append((rejected.prompt_ids.tolist(), rejected.ids.tolist()))
+            # the prompt of the other response: a revision improves on the rejected one, or spoils
+            # the chosen one; if it repeated what it is shown, the model would learn to copy
             rows.append((rejected.better_ids.tolist(), chosen.ids.tolist()))
             rows.append((chosen.worse_ids.tolist(), rejected.ids.tolist()))
     peak = 3e-3
@@ -1707,7 +1636,7 @@ def make_tiny(pairs, seed, steps=2000, styles=tuple(PROMPTS)):
 
 
 def tiny_tokenizer(pairs):
-    """Byte-level BPE, learned on these pairs, with the plain chat template."""
+    """Byte-level BPE, learned on these pairs."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -1724,11 +1653,9 @@ def tiny_tokenizer(pairs):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>"
     )
-    tokenizer.chat_template = PLAIN_TEMPLATE
-    return tokenizer
 
 
 # ------------------------------------------------------------------------------------ 10 compare
@@ -1768,7 +1695,8 @@ def read_variants(path):
 
 
 def variant_settings(s, changes, model):
-    """The settings of a variant. What is given for one algorithm is not on the other's scale."""
+    """The settings of a variant. An lr, beta or gamma that is given for one algorithm does not
+    suit the other, which gets its defaults."""
     if changes.get("algorithm", s.algorithm) != s.algorithm:
         s = replace(s, lr=None, beta=None, gamma=None)
     return resolve(s, model, **changes)
@@ -1779,70 +1707,72 @@ def compare(s, out, judge=None):
 
     They are kept in out/compare.jsonl; a comparison that was stopped goes on after the last one.
     """
-    path, kept, results = out / "compare.jsonl", out / "variants.json", []
+    path, kept = out / "compare.jsonl", out / "variants.json"
     variants = read_variants(kept if kept.exists() else s.variants)
-    write(kept, json.dumps(variants, indent=2) + "\n")
-    write_settings(out, s)
-    if path.exists():
-        results = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    write(kept, variants)
+    write(out / "settings.json", {"settings": asdict(s), "machine": machine()})
+    results = read(path) if path.exists() else []
     done = {(result["seed"], result["variant"]) for result in results}
-    styles = [*dict.fromkeys(changes.get("prompts", s.prompts) for changes in variants.values())]
     seeds = range(s.seed, s.seed + s.compare)
     work = [(seed, name) for seed in seeds for name in variants if (seed, name) not in done]
     if done:
         say(f"going on after {len(done)} of {len(done) + len(work)} variants")
-    start, curves, shown = None, {}, {}
+    styles = [changes.get("prompts", s.prompts) for changes in variants.values()]
+    made, curves, shown = None, {}, {}
     for seed, name in bar(work, desc="compare", unit=" variants"):
         prompts = variants[name].get("prompts", s.prompts)
         # a model that is loaded is the same for all seeds, the tiny one is made anew for each
-        parts = ["start", str(styles.index(prompts)), *([] if s.model else [str(seed)])]
-        folder = out / "-".join(parts)
-        if start is None or folder != start.folder:
-            begin = {"seed": seed, "prompts": prompts, "token_rewards": "contrastive"}
-            begin["alpha"] = s.alpha or 1.0  # with 0 no contrastive prompt would be read
-            start = prepare(replace(s, **begin), folder, judge)
-            need(start.heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
-        variant = variant_settings(replace(s, seed=seed), variants[name], start.model)
-        pairs, heldout = variant_rewards(start, variant)
-        start.restore()
-        curves[name] = train(start.model, pairs, variant, heldout=heldout)
-        metrics, shown[name] = evaluate(start.model, start.tokenizer, heldout, variant, judge)
+        start = f"start-{styles.index(prompts)}" + ("" if s.model else f"-{seed}")
+        if start != made:
+            begin = replace(s, seed=seed, prompts=prompts, token_rewards="contrastive")
+            begin = replace(begin, alpha=s.alpha or 1.0)  # with 0 no such prompt would be read
+            model, tokenizer, pairs, heldout, _ = prepare(begin, out / start, judge)
+            need(heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
+            weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+            made = start
+        variant = variant_settings(replace(s, seed=seed), variants[name], model)
+        model.load_state_dict(weights)
+        own, own_heldout = variant_rewards(model, pairs, heldout, variant)
+        model.load_state_dict(weights)
+        curves[name] = train(model, own, variant)
+        metrics, shown[name] = evaluate(model, tokenizer, own_heldout, variant, judge)
         each = {p.where: p.correct if p.score is None else p.score for p in shown[name]}
         about = {"variant": name, "seed": seed, "algorithm": variant.algorithm}
         results.append({**about, "alpha": variant.alpha, **metrics, "each": each})
-        write(path, as_lines(results))
+        write(path, results)
     text = table(results)
     say(f"\n{text}")
     if shown:  # else all was done before, and so was the page
-        layers = {"token reward r̂": (start.heldout, "token_rewards")}
-        for name in ("DPO", "DPO-REG"):
-            if name in shown and len(shown[name]) == len(start.heldout):
+        layers = {"token reward r̂": (heldout, "token_rewards")}
+        first = dict([*curves.items()][:2])
+        for name in first:
+            if len(shown[name]) == len(heldout):  # other prompts may drop other pairs
                 layers[f"learned by {name}"] = (shown[name], "credit")
-        about, first = describe(resolve(s, start.model)), dict([*curves.items()][:4])
-        page = report(
-            "T-REG: a comparison", about, text, first, start.heldout[:5], start.tokenizer, layers
-        )
+        page = report(describe(resolve(s, model)), text, first, heldout[:5], tokenizer, layers)
         write(out / "report.html", page)
-    say(f"\n{out}: " + ", ".join(sorted(path.name for path in out.glob("[!.]*.*"))))
+    say(f"\n{out}: compare.jsonl, report.html, settings.json and variants.json")
     return results
 
 
-def variant_rewards(start, s):
-    """-> (pairs, held-out pairs) with the token rewards of these settings; start itself stays."""
-    both = [start.pairs, start.heldout]
+def variant_rewards(model, pairs, heldout, s):
+    """-> (pairs, held-out pairs) with the token rewards of these settings.
+
+    "dpo" trains the model with DPO, to take them from it.
+    """
+    both = [pairs, heldout]
     if s.token_rewards == "dpo":
-        plain = variant_settings(s, {"algorithm": "dpo", "alpha": 0.0}, start.model)
-        start.restore()
-        train(start.model, start.pairs, plain)
-        both = [measure(start.model, pairs, plain)[1] for pairs in both]
-    return [change_rewards(pairs, s.token_rewards, s.seed) for pairs in both]
+        dpo = variant_settings(s, {"algorithm": "dpo", "alpha": 0.0}, model)
+        train(model, pairs, dpo)
+        both = [measure(model, of, dpo)[1] for of in both]
+    return [change_rewards(of, s.token_rewards, s.seed) for of in both]
 
 
-def interval(differences, level=0.95):
-    """-> (mean, low, high) of differences, (seeds, prompts), both a sample of many.
+def interval(differences):
+    """-> (mean, low, high) of differences (seeds, prompts): its 95 % interval, for other seeds and
+    other prompts too.
 
     Variances by the two-way analysis (seeds, prompts, what is left), degrees of freedom by
-    Satterthwaite, Student's quantile by Cornish and Fisher's series. nan with a single seed.
+    Satterthwaite. nan with a single seed.
     """
     values = np.asarray(differences, dtype=float)
     (seeds, prompts), mean = values.shape, values.mean()
@@ -1851,17 +1781,18 @@ def interval(differences, level=0.95):
     rows, columns = values.mean(1) - mean, values.mean(0) - mean
     rest = values - mean - rows[:, None] - columns[None, :]
     free = np.array([seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)])
-    squares = (
-        np.array([prompts * (rows**2).sum(), seeds * (columns**2).sum(), (rest**2).sum()]) / free
-    )
+    sums = [prompts * (rows**2).sum(), seeds * (columns**2).sum(), (rest**2).sum()]
+    squares = np.array(sums) / free
     # seeds + prompts − rest estimates the variance of the mean, times seeds × prompts
     total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
     if total <= 0:
         return mean, mean, mean
     v = total**2 / ((squares**2 / free).sum())
-    z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
-    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    # Student's quantile: √v tan θ has his distribution where θ has the density cos(θ)^(v − 1)
+    angles = np.linspace(-math.pi / 2, math.pi / 2, 10_001)[1:-1]
+    density = np.cos(angles) ** (v - 1)
+    shares = np.cumsum(density) - density / 2
+    t = math.sqrt(v) * math.tan(np.interp(0.975 * density.sum(), shares, angles))
     half = t * math.sqrt(total / (seeds * prompts))
     return mean, mean - half, mean + half
 
@@ -1875,18 +1806,23 @@ def table(results):
     first = "accuracy" if results[0]["score"] is None else "score"
     columns = {first: first, "credit_auroc": "credit", "token_reward_auroc": "r̂"}
     columns = {n: title for n, title in columns.items() if all(r[n] is not None for r in results)}
-    variants = {}
+    variants, bases = {}, {}
     for result in sorted(results, key=lambda result: result["seed"]):
         variants.setdefault(result["variant"], []).append(result)
+        if result["alpha"] == 0:
+            bases.setdefault(result["algorithm"], result["variant"])
     cells = [["", *columns.values(), "minus base (95 %)", "ahead"]]
     for name, of in variants.items():
-        cells.append([name, mean_error([result[first] for result in of])])
-        for column in [*columns][1:]:
+        cells.append([name])
+        for column in columns:
             cells[-1].append(f"{np.mean([result[column] for result in of]):.3f}")
-        base = [r for r in results if r["algorithm"] == of[0]["algorithm"] and r["alpha"] == 0]
-        each = {r["seed"]: r["each"] for r in base if r["variant"] == base[0]["variant"]}
-        if base and base[0]["variant"] != name and all(r["seed"] in each for r in of):
-            cells[-1] += difference([(r["each"], each[r["seed"]]) for r in of])
+        if len(of) > 1:
+            spread = np.std([result[first] for result in of], ddof=1)
+            cells[-1][1] += f"±{spread / math.sqrt(len(of)):.3f}"
+        base = bases.get(of[0]["algorithm"], name)
+        each = {result["seed"]: result["each"] for result in variants[base]}
+        if base != name and all(result["seed"] in each for result in of):
+            cells[-1] += difference([(result["each"], each[result["seed"]]) for result in of])
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(cells[0]))]
     lines = [
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)) for row in cells
@@ -1907,60 +1843,50 @@ def difference(seeds):
     return [f"{mean:+.3f}{within}", f"{ahead} of {len(seeds)}"]
 
 
-def mean_error(values):
-    """The mean, and with several seeds its standard error, as a cell of the table."""
-    error = f"±{np.std(values, ddof=1) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{error}"
-
-
 # ------------------------------------------------------------------------- 11 settings and run
 # From a command line to a run folder. A field of Settings is a flag of the command line and a
 # keyword of annotate, train and evaluate; help, default and range stand here and nowhere else.
 
 
-def flag(default, help, low=None, high=1e12, group=None):
-    """A field of Settings. low, high: its range. group: the group of flags that begins with it."""
-    shown = "" if default in (None, False) or "[" in help else f" [{default}]"
-    about = {"help": (help + shown).replace("%", "%%"), "low": low, "high": high, "group": group}
+def flag(default, help, low=None, high=1e12):
+    """A field of Settings. low, high: its range."""
+    shown = "" if default is None or default is False or "[" in help else f" [{default}]"
+    about = {"help": (help + shown).replace("%", "%%"), "low": low, "high": high}
     return field(default=default, metadata=about)
 
 
 TINY_DATA = str(Path(__file__).with_name("tiny_data.jsonl"))
 KINDS = Literal["contrastive", "sft", "shuffled", "swapped", "dpo"]
+# the groups of --help, by the setting that each begins with
+GROUPS = {"model": "model and data", "algorithm": "the loss", "prompts": "the token rewards"}
+GROUPS |= {"lr": "the training", "out": "the run", "compare": "experiments"}
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run. None: resolve() finds the value. UserError: out of its range."""
 
-    model: str | None = flag(
-        None, "folder or hub name of a causal language model [a tiny one]", group="model and data"
-    )
+    model: str | None = flag(None, "folder or hub name of a causal language model [a tiny one]")
     data: str = flag(TINY_DATA, "file of pairs or hub data set [tiny_data.jsonl beside treg.py]")
     split: str = flag("test", "split of the data to evaluate on")
     holdout: float = flag(0.1, "without such a split: share of the pairs, or from 1 on number", 0)
     max_pairs: int | None = flag(None, "train on at most this many pairs", 1)
     max_length: int = flag(1024, "in tokens; longer pairs are dropped", 8)
+    draws: int = flag(4, "responses sampled for a held-out pair, where something judges them", 1)
 
-    algorithm: Literal["dpo", "simpo"] = flag("dpo", "the preference loss", group="the loss")
+    algorithm: Literal["dpo", "simpo"] = flag("dpo", "the preference loss")
     alpha: float = flag(0.25, "strength of the regulariser; 0 is plain DPO or SimPO", 0)
     beta: float | None = flag(None, "reward scale [dpo 0.1, simpo 2.5; the tiny model 1]", 1e-12)
     gamma: float | None = flag(None, "target margin [dpo 0, simpo 1]", 0)
-    weighting: Literal["sequence", "static"] = flag(
-        "sequence", "w: the preference loss's own, or ½"
-    )
+    weighting: Literal["sequence", "static"] = flag("sequence", "w: the loss's own, or ½")
 
-    prompts: str = flag(
-        "answer", "answer, revise, or a .json file with better and worse", group="the token rewards"
-    )
+    prompts: str = flag("answer", "answer, revise, or a .json file with better and worse")
     check_prompts: bool = flag(False, "only measure how well prompts tell chosen from rejected")
     token_rewards: KINDS = flag(
-        "contrastive", "contrastive prompts; 1 on chosen, 0 on rejected; two controls; DPO's credit"
+        "contrastive", "of the prompts; 1 on chosen, 0 on rejected; two controls; of a DPO model"
     )
 
-    lr: float | None = flag(
-        None, "peak rate [5e-7 x sqrt(8e9 / parameters); tiny: tuned]", 1e-12, group="the training"
-    )
+    lr: float | None = flag(None, "peak rate [5e-7 x sqrt(8e9 / parameters); tiny: tuned]", 1e-12)
     epochs: int | None = flag(None, "passes over the pairs [1; the tiny model 3]", 1)
     batch_size: int = flag(8, "pairs in an optimiser step", 1)
     pass_tokens: int = flag(1024, "tokens in a forward pass: speed and memory, not the result", 1)
@@ -1968,15 +1894,11 @@ class Settings:
     dtype: Literal["fp32", "bf16"] = flag("fp32", "of matrix products; all else is fp32")
     seed: int = flag(0, "of all random numbers", 0, 2**31)
 
-    out: str | None = flag(
-        None, "new folder for model, metrics and report [runs/<time>]", group="the run"
-    )
+    out: str | None = flag(None, "new folder for model, metrics and report [runs/<time>]")
     save_every: int = flag(200, "steps between checkpoints", 1)
     resume: str | None = flag(None, "folder of a stopped run to go on with; no flag beside it")
 
-    compare: int = flag(
-        0, "train the paper's table and controls with this many seeds", 0, 1000, group="experiments"
-    )
+    compare: int = flag(0, "train the paper's table and controls with this many seeds", 0, 1000)
     variants: str | None = flag(None, ".json file, {name: {setting: value}}, to compare instead")
 
     def __post_init__(self):
@@ -1987,11 +1909,10 @@ class Settings:
             if get_origin(item.type) is Literal:
                 need(value in kinds, f"{name}: must be one of {', '.join(kinds)}, not {value}")
             else:
-                fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+                fits = isinstance(value, (*kinds, int) if float in kinds else kinds) and value != ""
                 need(fits, f"{name}: must be of type {kinds[0].__name__}, not {value!r}")
             if low is not None and value is not None:
                 need(low <= value <= high, f"{name}: must be from {low} to {high:g}, not {value}")
-            need(value != "", f"{name}: is empty")
         need(self.split != "train", "--split: the pairs that are trained on are no test")
 
 
@@ -2022,14 +1943,13 @@ def read_prompts(name):
     if name in PROMPTS:
         return name
     where = f"--prompts {name}"
-    with explain(f"{where}: must be {', '.join(PROMPTS)} or a .json file", "with better and worse"):
+    hint = "with better and worse, which hold {prompt}, perhaps {response}, and no other field"
+    with explain(f"{where}: must be {', '.join(PROMPTS)} or a .json file", hint):
         style = json.loads(Path(name).read_text("utf-8"))
         style = {side: read_text(style[side], f"{where}: {side}") for side in ("better", "worse")}
-        names = {side: {part[1] for part in Formatter().parse(style[side])} for side in style}
-    for side in style:
-        sound = {"prompt"} <= names[side] <= {"prompt", "response", None}
-        need(sound, f"{where}: {side} needs {{prompt}}, may have {{response}}, and no other field")
-    need(style["better"] != style["worse"], f"{where}: better and worse must be different")
+        filled = contrastive_prompts(SNOWMAN, "", style)
+        need(all(SNOWMAN in text for text in filled), f"{where}: must hold {{prompt}} in both")
+    need(filled[0] != filled[1], f"{where}: better and worse must be different")
     return style
 
 
@@ -2041,15 +1961,14 @@ def best_device():
 
 
 def load_model(name, checkpointing=False):
-    """-> (model with float32 weights and no dropout, tokenizer with a chat template).
+    """-> (model with float32 weights and no dropout, tokenizer).
 
     name: a folder or a hub name. UserError: it cannot be loaded, or is no causal language model.
     """
     where, path = f"--model {name}", Path(name)
     if path.exists() or name[0] in "./~":
-        need(
-            (path / "config.json").is_file(), f"{where}: is no model folder: it has no config.json"
-        )
+        there = (path / "config.json").is_file()
+        need(there, f"{where}: is no model folder: it has no config.json; name another")
     hint = "name a folder with model and tokenizer, or a hub name where the hub can be reached"
     with explain(f"{where}: cannot be loaded", hint):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -2063,15 +1982,11 @@ def load_model(name, checkpointing=False):
     need(not lost, f"{where}: weights missing: {lost}")
     need(tokenizer("a", add_special_tokens=False)["input_ids"], f"{where}: no tokenizer")
     need(len(tokenizer) <= size, f"{where}: {len(tokenizer)} tokens, but embeddings of {size}")
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = plain_template(tokenizer)
     if not tokenizer.is_fast:
         say("note: this tokenizer gives no offsets, so there are no credit figures")
     model.to(best_device()).eval()
-    need(
-        not sees_the_future(model),
-        f"{where}: sees later tokens, as an encoder; name a causal model",
-    )
+    causal = not sees_the_future(model)
+    need(causal, f"{where}: sees later tokens, as an encoder; name a causal model")
     if checkpointing:
         checkpoint_layers(model, where)
     return model, tokenizer
@@ -2095,41 +2010,28 @@ def checkpoint_layers(model, where):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def train_and_test(splits, s):
-    """-> (pairs to train on, pairs to evaluate on): of their splits, else --holdout of all."""
+def load_all(s):
+    """-> (model, tokenizer, pairs to train on, pairs to evaluate on); none is encoded yet."""
+    splits = load_splits(s.data)
     pairs, test = splits.get("train", []), splits.get(s.split, [])
     need(test or s.split == "test", f"--split {s.split}: {s.data} has no such split")
-    expected = {"train", s.split, *(("warmup", "validation") if s.data == TINY_DATA else ())}
-    for name in sorted({*splits} - expected):
-        kind = "note" if name in ("warmup", "validation", "test") else "warning"
-        say(f"{kind}: {len(splits[name])} rows of split {name} are not used")
+    used = {"train", s.split, *(() if s.model else ("warmup",))}
+    for name in sorted({*splits} - used):
+        say(f"note: {len(splits[name])} rows of split {name} are not used")
     if not test:
         count = int(s.holdout if s.holdout >= 1 else s.holdout * len(pairs))
         order = np.random.default_rng(0).permutation(len(pairs))  # not --seed: seeds share a test
         test = [pairs[i] for i in sorted(order[:count])]
         pairs = [pairs[i] for i in sorted(order[count:])]
     need(pairs, f"{s.data}: --holdout {s.holdout:g} and other splits leave no pair to train on")
-    return pairs[: s.max_pairs], test
-
-
-def few_threads():
-    """One thread for the tiny model: more wait for each other, and change its last digits."""
-    torch.set_num_threads(1)
-
-
-def load_all(s):
-    """-> (model, tokenizer, pairs to train on, pairs to evaluate on); none is encoded yet."""
-    splits = load_splits(s.data)
-    pairs, test = train_and_test(splits, s)
     if s.model:
         say(f"loading {s.model} …")
-        return *load_model(s.model, s.gradient_checkpointing), pairs, test
-    need(
-        "warmup" in splits, f"--data {s.data}: no split warmup to make the tiny model of; --model?"
-    )
-    few_threads()
-    model, tokenizer = make_tiny(splits["warmup"], s.seed)
-    return model.to(best_device()), tokenizer, pairs, test
+        model, tokenizer = load_model(s.model, s.gradient_checkpointing)
+    else:
+        need("warmup" in splits, f"{s.data}: no split warmup, to make the tiny model of; --model?")
+        torch.set_num_threads(1)  # more wait for each other, and change its last digits
+        model, tokenizer = make_tiny(splits["warmup"], s.seed)
+    return model.to(best_device()), tokenizer, pairs[: s.max_pairs], test
 
 
 def prompt_quality(pairs, name):
@@ -2140,8 +2042,7 @@ def prompt_quality(pairs, name):
     if high < 0.5:
         say("warning: rejected responses get higher rewards: are better and worse swapped?")
     elif low <= 0.5:
-        say("warning: that is no better than chance: the regulariser pushes at random; see")
-        say("  --check-prompts, write your own prompts (--prompts FILE.json) or use --alpha 0")
+        say("warning: no better than chance; see --check-prompts, write prompts or use --alpha 0")
     return share
 
 
@@ -2159,21 +2060,26 @@ def check_prompts(s):
     say(f"use --prompts {best}" if shares[best] > 0.5 else "none of them helps: use --alpha 0")
 
 
-# What a run folder holds while it trains. Every file is written beside the old one and renamed, so
-# that at any instant it is whole: the old one or the new one.
+# What a run folder holds while it trains: settings.json, the untrained model in reference/, the
+# annotated pairs in pairs.pt, metrics.jsonl and checkpoint.pt. Our files are written beside the old
+# ones and renamed, so that at any instant each is whole: the old one or the new one.
 
 
 def write(path, content):
-    """Write a text, or what torch.save takes. UserError: it cannot be; the old file stays."""
+    """Write values as the file's ending says, or else a text. UserError: the old file stays."""
     path = Path(path)
+    if path.suffix == ".json":
+        content = json.dumps(content, indent=2) + "\n"
+    elif path.suffix == ".jsonl":
+        content = "".join(json.dumps(row) + "\n" for row in content)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with saving(path):
             with open(temporary, "wb") as file:
-                if isinstance(content, str):
-                    file.write(content.encode())
-                else:
+                if path.suffix == ".pt":
                     torch.save(content, file)
+                else:
+                    file.write(content.encode())
                 file.flush()
                 os.fsync(file.fileno())  # on the disk before it takes the old one's place
             os.replace(temporary, path)
@@ -2187,69 +2093,52 @@ def append(path, row):
         file.write(json.dumps(row) + "\n")
 
 
-def as_lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 def read(path, device="cpu"):
-    """-> what write() gave to torch.save; nothing is unpickled but plain values and tensors."""
+    """-> what write() was given; nothing is unpickled but plain values and tensors."""
     with loading(path):
-        return torch.load(path, map_location=device, weights_only=True)
+        if path.suffix == ".pt":
+            return torch.load(path, map_location=device, weights_only=True)
+        text = path.read_text("utf-8")
+        if path.suffix == ".json":
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines()]
 
 
-def save_checkpoint(folder, model, optimizer=None, history=()):
-    """Write the weights, and what training needs to go on from them."""
-    state = {"model": model.state_dict(), "history": [*history]}
-    if optimizer:
-        state["optimizer"] = optimizer.state_dict()
+def save_checkpoint(folder, model, optimizer, history):
+    """Write what training needs to go on."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
     write(folder / "checkpoint.pt", state)
 
 
 def resumed(folder, model, optimizer):
-    """What training in a folder begins with, from its checkpoint if it has one. -> the history."""
+    """Take weights and the optimiser's state from a folder's checkpoint. -> the history till then.
+
+    Without a checkpoint training begins.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    there = (folder / "checkpoint.pt").exists()
-    history = load_checkpoint(folder, model, optimizer) if there else []
-    write(folder / "metrics.jsonl", as_lines(history))  # lines of steps after the checkpoint go
+    path = folder / "checkpoint.pt"
+    history = []
+    if path.exists():
+        state = read(path, model.device)
+        with loading(path):
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            history = state["history"]
+    write(folder / "metrics.jsonl", history)  # lines of steps after the checkpoint go
     return history
 
 
-def load_checkpoint(folder, model, optimizer=None):
-    """Take the weights, and the optimiser's state, from a folder. -> the history of its run."""
-    path = folder / "checkpoint.pt"
-    state = read(path, model.device)
-    with loading(path):
-        model.load_state_dict(state["model"])
-        if optimizer and "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-        return state["history"]
-
-
-@dataclass
-class Start:
-    """What training begins from, kept in a folder: a stopped run goes on from nothing else."""
-
-    folder: Path
-    settings: Settings
-    model: Any
-    tokenizer: Any
-    pairs: list
-    heldout: list  # with samples of the untrained model
-    before: dict  # its metrics
-    cost: dict  # of the annotation
-
-    def restore(self):
-        """Put the weights of the folder's checkpoint into the model."""
-        load_checkpoint(self.folder, self.model)
-
-
 def prepare(s, folder, judge=None):
-    """From the files to a Start; from its folder, if it has been made before."""
-    if (folder / "checkpoint.pt").exists():
-        return load_start(s, folder)
+    """All that training begins from. -> (model, tokenizer, pairs, held-out pairs, summary).
+
+    Both kinds of pairs are annotated; the summary has the metrics of the untrained model. It is
+    kept in the folder: a run that was stopped takes it from there, and needs no other file.
+    """
+    if (folder / "pairs.pt").exists():
+        return load_prepared(s, folder)
     model, tokenizer, raw, raw_heldout = load_all(s)
     s = resolve(s, model)
-    with stopwatch() as cost:
+    with stopwatch("annotate") as cost:
         pairs = annotate(model, tokenizer, raw, s)
         heldout = annotate(model, tokenizer, raw_heldout, s)
     need(pairs, f"{s.data}: no pair is left to train on")
@@ -2265,9 +2154,18 @@ def prepare(s, folder, judge=None):
     if s.algorithm == "dpo":
         before.pop("accuracy", None)
         before.pop("margin", None)
-    start = Start(folder, s, model, tokenizer, pairs, heldout, before, cost)
-    save_start(start)
-    return start
+    summary = {"before": before, **cost}
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "settings.json", {"settings": asdict(s), "machine": machine()})
+    save_model(model, tokenizer, folder / "reference", end_tokens(pairs))
+    state = {
+        "pairs": [plain(pair) for pair in pairs],
+        "heldout": [plain(pair) for pair in heldout],
+        "summary": summary,
+        "shares_prompts": model.shares_prompts,
+    }
+    write(folder / "pairs.pt", state)  # the last: it says that all is there
+    return model, tokenizer, pairs, heldout, summary
 
 
 def describe(s):
@@ -2276,76 +2174,33 @@ def describe(s):
     return f"{loss} weighting, lr {s.lr:g}, {s.token_rewards} token rewards, prompts {s.prompts}"
 
 
-def save_start(start):
-    """Write all that load_start needs. The untrained weights come last: they say it is complete."""
-    folder, model = start.folder, start.model
-    folder.mkdir(parents=True, exist_ok=True)
-    write_settings(folder, start.settings)
-    with saving(folder):
-        start.tokenizer.save_pretrained(folder)
-        model.config.save_pretrained(folder)
-    state = {
-        "pairs": flat(start.pairs),
-        "heldout": flat(start.heldout),
-        "before": start.before,
-        "cost": start.cost,
-        "shares_prompts": model.shares_prompts,
-        "name": model.name_or_path,
-        "generation": model.generation_config.to_diff_dict(),
-    }
-    write(folder / "pairs.pt", state)
-    save_checkpoint(folder, model)
-
-
-def load_start(s, folder):
-    """-> the Start of a folder, with the weights of its checkpoint."""
+def load_prepared(s, folder):
+    """-> what prepare has kept in a folder; the model is the untrained one."""
     say(f"loading {folder} …")
     state = read(folder / "pairs.pt")
-    with loading(folder):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        config = transformers.AutoConfig.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.generation_config = transformers.GenerationConfig.from_dict(state["generation"])
-        pairs, heldout = unflat(state["pairs"]), unflat(state["heldout"])
-    model.to(best_device()).eval()
+    with loading(folder / "pairs.pt"):
+        pairs = [as_pair(values) for values in state["pairs"]]
+        heldout = [as_pair(values) for values in state["heldout"]]
+    model, tokenizer = load_model(str(folder / "reference"), s.gradient_checkpointing)
     model.shares_prompts = state["shares_prompts"]
-    model.name_or_path = model.config.name_or_path = state["name"]  # by which resolve knows it
-    if model.name_or_path == TINY:
-        few_threads()
-    if s.gradient_checkpointing:
-        checkpoint_layers(model, folder)
-    start = Start(folder, s, model, tokenizer, pairs, heldout, state["before"], state["cost"])
-    start.restore()
-    return start
+    model.name_or_path = model.config.name_or_path = s.model or TINY  # by which resolve knows it
+    if not s.model:
+        torch.set_num_threads(1)  # as when it was made
+    return model, tokenizer, pairs, heldout, state["summary"]
 
 
-def flat(pairs):
-    """Pairs -> plain values, and for all responses one tensor a column: nothing to be pickled."""
-    columns = {}
-    for name in ("ids", "prompt_ids", "good", "ref_logps", "token_rewards"):
-        rows = [getattr(response, name) for response in sides(pairs)]
-        sizes = [None if row is None else len(row) for row in rows]
-        rows = [row for row in rows if row is not None]
-        columns[name] = (sizes, torch.cat(rows) if rows else torch.empty(0))
-    names = ("prompt", "where", "tools", "answers", "samples")
-    texts = [{name: getattr(pair, name) for name in names} for pair in pairs]
-    messages = [response.message for response in sides(pairs)]
-    return {"texts": texts, "messages": messages, "columns": columns}
+def plain(pair):
+    """A pair as plain values, without the contrastive prompts: they have been read."""
+    pair = copied(pair)
+    for response in (pair.chosen, pair.rejected):
+        response.better_ids = response.worse_ids = None
+    return asdict(pair)
 
 
-def unflat(state):
-    """What flat() made -> pairs."""
-    responses = [Response(message) for message in state["messages"]]
-    both = zip(responses[: len(state["texts"])], responses[len(state["texts"]) :], strict=True)
-    pairs = [
-        Pair(chosen=chosen, rejected=rejected, **text)
-        for text, (chosen, rejected) in zip(state["texts"], both, strict=True)
-    ]
-    for name, (sizes, values) in state["columns"].items():
-        rows = iter(values.split([size for size in sizes if size is not None]))
-        for response, size in zip(responses, sizes, strict=True):
-            setattr(response, name, None if size is None else next(rows))
-    return pairs
+def as_pair(values):
+    """What plain() made -> a pair."""
+    responses = {side: Response(**values[side]) for side in ("chosen", "rejected")}
+    return Pair(**{**values, **responses})
 
 
 def machine():
@@ -2354,18 +2209,12 @@ def machine():
     return {"threads": torch.get_num_threads(), **versions}
 
 
-def write_settings(folder, s):
-    """Keep the settings of a run in its folder, and the machine that it began on."""
-    content = {"settings": asdict(s), "machine": machine()}
-    write(folder / "settings.json", json.dumps(content, indent=2) + "\n")
-
-
 def read_settings(folder):
     """-> the Settings of the run in a folder. Says what of the machine has changed since."""
     path = folder / "settings.json"
     need(path.is_file(), f"--resume {folder}: holds no run to go on with; begin it by --out")
+    content = read(path)
     with loading(path):
-        content = json.loads(path.read_text("utf-8"))
         s, then = Settings(**content["settings"]), content["machine"]
     for name, value in machine().items():
         if value != then.get(name):
@@ -2377,9 +2226,15 @@ def read_settings(folder):
 def run_folder(s):
     """Within it the run's folder is there, and nobody else's. -> (its path, its settings)."""
     if s.resume:
-        out, s = Path(s.resume), read_settings(Path(s.resume))
+        out = Path(s.resume)
+        s = read_settings(out)
     else:
-        out = new_folder(s.out)
+        out = Path(s.out or datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S.%f"))
+        with explain(f"--out {out}: cannot be made", "name a new folder"):
+            out.mkdir(parents=True, exist_ok=True)
+        # what a run leaves that was killed in its first write
+        rest = {path.name for path in out.iterdir()} - {"settings.json.tmp", ".lock"}
+        need(not rest, f"--out {out}: is not empty; name a new folder, or go on by --resume {out}")
     lock = FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -2398,32 +2253,15 @@ def run_folder(s):
             out.rmdir()  # if nothing came of it
 
 
-def new_folder(name):
-    """Make a folder for a run; without a name one that nobody has, under runs/."""
-    if name is None:
-        stem = time.strftime("runs/%Y-%m-%d_%H-%M-%S")
-        for count in itertools.count(1):
-            out = Path(stem if count == 1 else f"{stem}~{count}")
-            with contextlib.suppress(FileExistsError):  # made by another run in this second
-                out.mkdir(parents=True)
-                return out
-    out = Path(name)
-    need(not out.exists() or out.is_dir(), f"--out {out}: is a file; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    # what a run leaves that was killed in its first write
-    others = {path.name for path in out.iterdir()} - {"settings.json.tmp", ".lock"}
-    need(not others, f"--out {out}: is not empty; name a new folder, or go on by --resume {out}")
-    return out
-
-
 @contextlib.contextmanager
-def stopwatch():
+def stopwatch(what):
     """-> a dict that gets the seconds, and the CPU seconds of all threads, spent within it."""
     cost, seconds, cpu = {}, time.perf_counter(), time.process_time()
     yield cost
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    cost |= {"seconds": time.perf_counter() - seconds, "cpu_seconds": time.process_time() - cpu}
+    cost[f"{what}_seconds"] = time.perf_counter() - seconds
+    cost[f"{what}_cpu_seconds"] = time.process_time() - cpu
 
 
 def peak_memory():
@@ -2462,31 +2300,28 @@ def run(s, judge=None):
 def run_once(s, out, judge):
     """Prepare, train, evaluate, save and show one model, from wherever the folder has got to."""
     need(s.token_rewards != "dpo", "--token-rewards dpo: is for --compare alone")
-    start = prepare(s, out, judge)
-    s, model, tokenizer = start.settings, start.model, start.tokenizer
+    model, tokenizer, pairs, untrained, summary = prepare(s, out, judge)
+    s = resolve(s, model)
     say(textwrap.fill(describe(s), 80))
-    with stopwatch() as cost:
-        history = train(model, start.pairs, s, out, start.heldout)
-    after, heldout = evaluate(model, tokenizer, start.heldout, s, judge)
-    save_model(model, tokenizer, out, end_tokens(start.pairs))
-    summary = {
-        "before": start.before,
+    with stopwatch("train") as cost:
+        history = train(model, pairs, s, out, untrained)
+    after, heldout = evaluate(model, tokenizer, untrained, s, judge)
+    save_model(model, tokenizer, out, end_tokens(pairs))
+    summary |= {
         "after": after,
-        "pairs": len(start.pairs),
+        "pairs": len(pairs),
         "steps": len(history),
-        "annotate_seconds": start.cost["seconds"],
-        "annotate_cpu_seconds": start.cost["cpu_seconds"],
-        "train_seconds": cost["seconds"],
-        "train_cpu_seconds": cost["cpu_seconds"],
+        **cost,
         "peak_memory_bytes": peak_memory(),
         "settings": asdict(s),
     }
-    text = show(summary, start.heldout, heldout, tokenizer)
+    text = show(summary, untrained, heldout, tokenizer)
     layers = {"token reward r̂": (heldout, "token_rewards"), "learned credit": (heldout, "credit")}
-    page = report("T-REG", describe(s), text, {"this run": history}, heldout[:5], tokenizer, layers)
+    page = report(describe(s), text, {"this run": history}, heldout[:5], tokenizer, layers)
     write(out / "report.html", page)
-    write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write(out / "summary.json", summary)
     (out / "checkpoint.pt").unlink(missing_ok=True)
+    shutil.rmtree(out / "reference", ignore_errors=True)
     say(f"\n{out}: the model, metrics.jsonl, settings.json, summary.json and report.html")
 
 
@@ -2503,24 +2338,17 @@ def save_model(model, tokenizer, out, learned):
         tokenizer.save_pretrained(out)
 
 
-class CommandLine(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
-
-
 def parse(argv):
     """A command line -> Settings."""
-    parser = CommandLine(
+    parser = argparse.ArgumentParser(
         prog="treg.py",
         usage="python treg.py [--model DIR] [--data FILE] …",
         description=__doc__.partition("The method")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for item in fields(Settings):
-        if item.metadata["group"]:
-            group = parser.add_argument_group(item.metadata["group"])
+        if item.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[item.name])
         kinds = get_args(item.type) or (item.type,)  # float | None: a float
         if item.type is bool:
             how = {"action": "store_true"}
@@ -2530,6 +2358,8 @@ def parse(argv):
             how = {"type": kinds[0], "metavar": {str: "X", int: "N", float: "N"}[kinds[0]]}
         name = f"--{item.name.replace('_', '-')}"
         group.add_argument(name, default=item.default, help=item.metadata["help"], **how)
+    # an error is one line, as all others
+    parser.error = lambda message: need(False, f"{message}; see --help")
     return Settings(**vars(parser.parse_args(argv)))
 
 
@@ -2549,10 +2379,9 @@ def main(argv=None):
     except OSError as problem:
         error = f"{problem.filename or 'standard output'}: {problem.strerror or problem}"
     except (RuntimeError, MemoryError) as problem:
-        text = str(problem)
         # a GPU's error, Python's and, on a CPU, a RuntimeError without a kind of its own
         kinds = (torch.OutOfMemoryError, MemoryError)
-        if not isinstance(problem, kinds) and "allocate memory" not in text:
+        if not isinstance(problem, kinds) and "allocate memory" not in str(problem):
             raise
         error = "out of memory; begin again with --gradient-checkpointing, a smaller --pass-tokens "
         error += "or --max-length, or --dtype bf16"
