@@ -599,6 +599,19 @@ def test_a_graded_file_gets_short_hints(tmp_path):
 
 
 # =================================================================== Part II, the program
+@not_graded
+def test_what_cannot_be_graded_says_why(tmp_path):
+    student = tmp_path / "student.py"
+    for source, says in {
+        "def f(:": "SyntaxError.*line 1",
+        "\n1 / 0": "line 2: ZeroDivisionError",
+        "def token_reward(): 0": "defines none of contrastive_prompts",
+    }.items():
+        student.write_text(source)
+        with pytest.raises(pytest.Collector.CollectError, match=says):
+            graded(student)
+
+
 # ------------------------------------------------------------------------------- 3 the tiny data
 # Guards tiny_data.jsonl: this generator makes it, with its labels and answers.
 SLOTS = """
@@ -1823,6 +1836,19 @@ def test_samples_do_not_depend_on_the_padding_of_their_prompts():
     assert len({*"".join(texts)}) > 60
 
 
+# spread of seeds, of prompts, of what is left
+@pytest.mark.parametrize("seeds", [5, 8])
+@pytest.mark.parametrize("spreads", [(1, 1, 1), (0.02, 1, 0.1)], ids=["seeds", "prompts"])
+def test_interval_covers_the_truth_in_95_of_100(seeds, spreads):
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(1000):
+        shapes = ((seeds, 1), (1, 60), (seeds, 60))
+        parts = [spread * rng.normal(size=of) for spread, of in zip(spreads, shapes, strict=True)]
+        _, low, high = treg.interval(0.3 + sum(parts))
+        covered += low <= 0.3 <= high
+    assert 930 < covered < 980
+
+
 def test_interval_by_hand():
     """Seeds alone differ, 1 to 5: 3 ± t(4) √(2.5 / 5). Prompts alone, 0 or 1: ½ ± t(29) s / √30.
 
@@ -1831,7 +1857,7 @@ def test_interval_by_hand():
     ½ ± t(18.2) s / √30. By itself it is no spread of seeds or of prompts, so there is none.
     """
     mean, low, high = treg.interval(np.arange(1, 6)[:, None] * np.ones((1, 7)))
-    assert (mean, high - mean) == pytest.approx((3, 2.776 * math.sqrt(0.5)), abs=0.02)
+    assert (mean, high - mean) == pytest.approx((3, 2.776 * math.sqrt(0.5)), abs=1e-3)
     prompts, left = np.ones((4, 1)) * (np.arange(30) % 2), (-1.0) ** np.indices((4, 30)).sum(0)
     for values, t in (prompts, 2.045), (prompts + left, 2.100):
         mean, low, high = treg.interval(values)
@@ -2530,10 +2556,15 @@ def place(tmp_path_factory):
     kinds = ("warmup", 40), ("train", 44), ("test", 6)
     few = [[row for row in rows if f'"{kind}"' in row][:count] for kind, count in kinds]
     better, worse = treg.PROMPTS["answer"].values()
-    swapped = json.dumps({"better": worse, "worse": better})
-    texts = "".join(sum(few, [])), "".join(few[1]), snippet("DPO-REG", "json"), swapped
-    names = "few.jsonl", "pairs.jsonl", "alphas.json", "mine.json"
-    for name, text in zip(names, texts, strict=True):
+    texts = {
+        "few.jsonl": "".join(sum(few, [])),
+        "pairs.jsonl": "".join(few[1]),
+        "blamed.jsonl": "".join(few[1]),
+        "alphas.json": snippet("DPO-REG", "json"),
+        "mine.json": json.dumps({"better": worse, "worse": better}),
+        "own.json": snippet("to the letter", "json"),
+    }
+    for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     model, tokenizer = treg.make_tiny(treg.load_pairs(folder / "few.jsonl", "warmup"), 0, steps=2)
     for name in ("DIR", "my-run"):
@@ -2685,7 +2716,40 @@ def test_what_the_readme_names_exists():
         assert anchor in [re.sub(r"[^\w-]", "", head) for head in heads], anchor
 
 
-# ----------------------------------------------------------------------------- the map of README.md
+def test_recipe_of_the_real_model_judges_and_runs_at_its_smallest(at_place, capsys):
+    source = snippet("KINDS = {")
+    assert source.count("\n") <= 40
+    source = re.sub('"""bread .*?"""', '"""bread rivers cats tea salt maps"""', source, flags=re.S)
+    exec(source.partition("model, tokenizer =")[0], space := {})
+    answers = {
+        "exactly three facts": ("- a\n- b\n- c", "- a\n- b"),
+        "ends with the word today": ("Bread is made today.", "Today bread is made."),
+        "begins with the word People": ("People eat bread.", "All People eat bread."),
+        "fewer than twelve words": ("a " * 11, "a " * 12),
+        "word old and not": ("An old bread.", "An old bread, a new bread."),
+        "JSON object": ('{"name": "bread", "use": "food"}', '{"name": "bread"}'),
+        "without the word the": ("Bread is food.", "The bread is food."),
+        "number in digits": ("2 loaves", "two loaves"),
+    }
+    assert len(answers) == len(space["KINDS"])
+    for words, (right, wrong) in answers.items():
+        [prompt] = [prompt for prompt in space["RIGHT"] if "bread" in prompt and words in prompt]
+        pair = treg.read_pair({"prompt": prompt, "chosen": "a", "rejected": "b"})
+        assert [space["judge"](pair, text) for text in (right, wrong)] == [1, 0], prompt
+    # this model follows no instruction: let a coin decide
+    start = source.index("return float(bool(")
+    source = source[:start] + "return float(len(text) % 2)" + source[source.index("\n", start) :]
+    exec(source.replace("names}, 3)", "names}, 1)"), {})
+    assert "SimPO-REG" in capsys.readouterr().out
+    exec(snippet("BLAME = {"), {})
+    rows = [json.loads(line) for line in Path("blamed.jsonl").read_text("utf-8").splitlines()]
+    assert {len(row) for row in rows} == {6} and {row["split"] for row in rows} == {"train"}
+    exec(snippet("BLAME = {").partition("with open")[0], space := {})
+    found = re.search(space["BLAME"]["fewer than twelve"], " ".join("abcdefghijklmn"))
+    assert found[1] == "l m n", "the twelfth word and all after it"
+
+
+# ----------------------------------------------------------------------- 13 the map of README.md
 # No tests: `python test_treg.py map FOLDER` makes the map of "Does it work?", and goes on where it
 # was stopped. Here an answer is K sentences of the tiny world, and a preference says which of two
 # has fewer wrong words: the longer the answers, the less it says of each word.
@@ -2826,7 +2890,7 @@ def rank_test(x, y, times=10_000):
     """-> (Spearman's correlation, how often a random order of y gives as much: one-sided p)."""
     # the rank of a value is the mean place of all that are equal to it
     x, y = ([np.mean(np.flatnonzero(np.sort(v) == one)) for one in v] for v in (x, y))
-    rng, found = np.random.default_rng(0), np.corrcoef(x, y)[0, 1]
+    rng, found = np.random.default_rng(0), np.corrcoef(x, y)[0, 1]  # nan if all are equal
     random_ones = [np.corrcoef(x, rng.permutation(y))[0, 1] for _ in range(times)]
     return found, (1 + sum(one >= found - 1e-12 for one in random_ones)) / (times + 1)
 
@@ -2876,14 +2940,16 @@ def make_map(folder, lengths=MAP_LENGTHS, sizes=MAP_SIZES, seeds=8, heldout=150,
                         gains = [np.subtract(one[name], dpo[name]) for one, dpo in both]
                         cell[f"{variant} {name}"] = treg.interval(gains)
                 cells.append(cell)
-    head = ["K", "pairs", "lr", "β", "DPO", "errors", "credit", "r̂", *[*MAP_VARIANTS][1:]]
-    print("".join(f"{name:>8}" for name in head[:8]) + "".join(f"{n:>25}" for n in head[8:]))
+    gains = [f"{variant} perfect" for variant in MAP_VARIANTS if variant != "DPO"]
+    gains.append("α = 1 errors")
+    head = "  K  pairs     lr    β    DPO  credit     r̂  errors"
+    print(head + "".join(name.removesuffix(" perfect").rjust(14) for name in gains))
     for cell in cells:
-        line = f"{cell['k']:8d}{cell['pairs']:8d}{cell['lr']:8.0e}{cell['beta']:8.1f}"
-        line += "".join(f"{cell[name]:8.3f}" for name in ("perfect", "errors", "credit", "r_hat"))
-        for variant in head[8:]:
-            mean, low, high = cell[f"{variant} perfect"]
-            line += f"{mean:+.3f} ({low:+.3f} to {high:+.3f})".rjust(25)
+        line = "{k:3d}{pairs:7d}{lr:7.0e}{beta:5.1f}{perfect:7.3f}{credit:8.3f}{r_hat:7.3f}"
+        line = (line + "{errors:8.3f}").format(**cell)
+        for name in gains:
+            mean, _, high = cell[name]
+            line += f"{mean:+.3f}±{high - mean:.3f}".rjust(14)
         print(line)
         points.append((1 - cell["credit"], cell["α = 1 perfect"][0], str(cell["k"])))
     opened, gains, _ = zip(*points, strict=True)
@@ -2892,6 +2958,52 @@ def make_map(folder, lengths=MAP_LENGTHS, sizes=MAP_SIZES, seeds=8, heldout=150,
     print("\ngain of α = 1 (up) against 1 − credit AUROC of DPO (right); a mark is its K")
     print("\n".join(scatter(points)))
     return cells
+
+
+def test_the_map_is_made_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
+    trained, train = [], treg.train
+
+    def one_epoch(model, pairs, s, epochs):
+        trained.append(len(pairs) * epochs)
+        return train(model, pairs, s, epochs=1)
+
+    monkeypatch.setattr(treg, "train", one_epoch)
+    monkeypatch.setattr(sys.modules[__name__], "RATES", (1e-3, 2e-3))
+    small = {"lengths": [2], "sizes": [8, 16], "seeds": 2, "heldout": 4, "warm_steps": 2}
+    cells = make_map(tmp_path, **small)
+    said = capsys.readouterr().out
+    assert "rank correlation" in said and [cell["pairs"] for cell in cells] == [8, 16]
+    assert {*trained} == {912}, "as many pairs are seen whatever their number"
+    lines = (tmp_path / "map-2.jsonl").read_text("utf-8").splitlines(keepends=True)
+    assert len(lines) == len(trained) == 2 * (2 * (2 + 2) + 2 * len(MAP_VARIANTS))
+    (tmp_path / "map-2.jsonl").write_text("".join(lines[:-1]), encoding="utf-8")
+    trained.clear()
+    make_map(tmp_path, **small)
+    assert capsys.readouterr().out == said and len(trained) == 1
+
+
+def test_long_answers_are_judged_sentence_by_sentence():
+    for split, wrong_side in ("train", "chosen"), ("warmup", "rejected"):
+        for pair in long_answers(3, split, 20):
+            counts = {}
+            for side in ("chosen", "rejected"):
+                response = getattr(pair, side)
+                counts[side] = sum(errors_by_sentence(pair, response.text))
+                assert counts[side] == len(response.errors), "an error is one wrong word"
+            assert counts["chosen"] < counts["rejected"], wrong_side
+    [right, wrong] = (
+        "There is a tiny red iron lamp in the hall.",
+        "There is a red iron lamp in hall.",
+    )
+    pair = treg.Pair([{"content": "Describe a tiny red iron lamp in the hall. " * 2}], None, None)
+    assert errors_by_sentence(pair, f"{right} {wrong} {wrong}") == [0, 2]
+    assert errors_by_sentence(pair, right) == [0, 10], "a sentence that is missing"
+
+
+def test_rank_correlation_by_hand():
+    """Ranks 1 2 3 4 and 1 2 4 3: 1 − 6 · (0 + 0 + 1 + 1) / (4 · 15) = 0.8; 4 of 24 orders do so."""
+    rho, p = rank_test([1, 2, 3, 9], [0.1, 0.2, 0.9, 0.3])
+    assert rho == pytest.approx(0.8) and p == pytest.approx(4 / 24, abs=0.015)
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["map"]:

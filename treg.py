@@ -2039,6 +2039,9 @@ def prompt_quality(pairs, name):
     share, low, high = pair_accuracy(pairs)
     within = f"95 % interval {low:.3f} to {high:.3f}, {len(pairs)} pairs"
     say(f"prompts {name}: pair accuracy {share:.3f} ({within})")
+    auroc = mean_auroc(pairs, "token_rewards")
+    if not math.isnan(auroc):
+        say(f"prompts {name}: token reward AUROC {auroc:.3f} on the labelled errors")
     if high < 0.5:
         say("warning: rejected responses get higher rewards: are better and worse swapped?")
     elif low <= 0.5:
