@@ -2895,7 +2895,7 @@ def rank_test(x, y, times=10_000):
     return found, (1 + sum(one >= found - 1e-12 for one in random_ones)) / (times + 1)
 
 
-def scatter(points, width=60, height=16):
+def scatter(points, width=60, height=10):
     """-> lines of text: (x, y, mark) on axes from the least to the largest value and 0."""
     xs, ys = [0, *(p[0] for p in points)], [0, *(p[1] for p in points)]
     grid = [[" "] * (width + 1) for _ in range(height + 1)]
@@ -2908,7 +2908,7 @@ def scatter(points, width=60, height=16):
     for x, y, mark in points:
         row, column = place(x, y)
         grid[row][column] = mark
-    lines = ["".join(row) for row in grid]
+    lines = ["".join(row).rstrip() for row in grid]
     lines[0] = f"{max(ys):+.2f} |{lines[0]}"
     lines[-1] = f"{min(ys):+.2f} |{lines[-1]}"
     lines[1:-1] = [f"      |{line}" for line in lines[1:-1]]
