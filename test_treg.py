@@ -2270,9 +2270,13 @@ def test_prompts_that_are_no_better_than_chance_and_a_high_rate_are_warned_of(
     assert said.endswith("use --prompts revise\n") and not (tmp_path / "out").exists()
     styles = [treg.sides(pairs)[0].token_rewards for pairs in hats]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(styles, 2))
+    found = itertools.chain(found, itertools.repeat((0.6, 0.4, 0.7)))
+    run = done(*words(tmp_path / "out"))
+    assert "chance" not in run
+    said = done(*words(tmp_path / "other", *flags))
+    assert said.endswith("none of them helps here: use --alpha 0\n")
     monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda self: 2 * 10**8)
-    said = done(*words(tmp_path / "out"))
-    assert "chance" not in said and "warning: --lr 0.001" in said
+    assert "warning: --lr 0.001" in done(*words(tmp_path / "other"))
 
 
 def test_help_explains_every_field(capsys):

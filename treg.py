@@ -1744,7 +1744,7 @@ def compare(s, out, judge=None):
     say(f"\n{text}")
     if shown:  # else all was done before, and so was the page
         layers = {"token reward r̂": (heldout, "token_rewards")}
-        first = dict([*curves.items()][:2])
+        first = dict([(name, curves[name]) for name in variants if name in curves][:2])
         for name in first:
             if len(shown[name]) == len(heldout):  # other prompts may drop other pairs
                 layers[f"learned by {name}"] = (shown[name], "credit")
@@ -2035,7 +2035,10 @@ def load_all(s):
 
 
 def prompt_quality(pairs, name):
-    """Say how well the token rewards tell chosen from rejected, and warn where they do not."""
+    """Say how well the token rewards tell chosen from rejected, and warn where they do not.
+
+    -> (share of pairs that they tell apart, the low end of its interval).
+    """
     share, low, high = pair_accuracy(pairs)
     within = f"95 % interval {low:.3f} to {high:.3f}, {len(pairs)} pairs"
     say(f"prompts {name}: pair accuracy {share:.3f} ({within})")
@@ -2046,21 +2049,22 @@ def prompt_quality(pairs, name):
         say("warning: rejected responses get higher rewards: are better and worse swapped?")
     elif low <= 0.5:
         say("warning: no better than chance; see --check-prompts, write prompts or use --alpha 0")
-    return share
+    return share, low
 
 
 def check_prompts(s):
     """--check-prompts: measure every style on up to 200 pairs, and end with advice."""
     model, tokenizer, pairs, _ = load_all(s)
-    shares = {}
+    found = {}
     for name in dict.fromkeys([*PROMPTS, s.prompts]):
         changed = replace(s, prompts=name, alpha=1.0, token_rewards="contrastive")
         annotated = annotate(model, tokenizer, pairs[:200], changed)
         if annotated:
-            shares[name] = prompt_quality(annotated, name)
-    need(shares, f"{s.data}: no pair is left to measure")
-    best = max(shares, key=shares.get)
-    say(f"use --prompts {best}" if shares[best] > 0.5 else "none of them helps: use --alpha 0")
+            found[name] = prompt_quality(annotated, name)
+    need(found, f"{s.data}: no pair is left to measure")
+    best = max(found, key=found.get)
+    helps = found[best][1] > 0.5
+    say(f"use --prompts {best}" if helps else "none of them helps here: use --alpha 0")
 
 
 # What a run folder holds while it trains: settings.json, the untrained model in reference/, the
