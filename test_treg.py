@@ -2758,7 +2758,7 @@ def test_recipe_of_the_real_model_judges_and_runs_at_its_smallest(at_place, caps
 # was stopped. Here an answer is K sentences of the tiny world, and a preference says which of two
 # has fewer wrong words: the longer the answers, the less it says of each word.
 #
-# What T-REG's claim predicts, written down before the first run. Gain: the share of sampled
+# What T-REG's claim predicts, written down before the map was run. Gain: the share of sampled
 # sentences without an error, minus that of tuned DPO, over the same seeds and prompts.
 #   1. The gain of DPO-REG with α = 1 grows, over the cells (K, pairs), with the credit that DPO
 #      leaves open, 1 − its credit AUROC: Spearman's rank correlation above 0, one-sided, by
