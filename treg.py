@@ -17,8 +17,8 @@ for a worse one. It is the language model itself, before training; it needs no r
     L   = −log σ(z) − α · w · Σ_t r̂_t r_t, over both responses,      w = σ(−z), detached
 
 r̂ is the token reward, in [−½, ½]. r is the token reward that the policy implies, DPO's here; the
-last term of L is the regulariser: it pays for agreement of r with r̂. z is the margin, L the loss of
-one pair. Since w is also the factor in the gradient of −log σ(z), T-REG rescales the gradient of
+last term of L is the regulariser: it pays for agreement of r with r̂. z is the margin, L the loss
+of one pair. Since w is also the factor in the gradient of −log σ(z), T-REG rescales the gradient of
 each token, by 1 + α r̂_t in the chosen response and by 1 − α r̂_t in the rejected one.
 
 Our own derivation or choice, not the paper's: these two factors (they hold for sequence weighting,
@@ -1551,7 +1551,7 @@ def credit_map(pairs, tokenizer, layers):
 
 
 def report(settings, text, curves, pairs, tokenizer, layers):
-    """One page that needs no other file. curves: {name: history}, two. layers: see credit_map."""
+    """One page that needs no other file. curves: {name: history}, up to two. layers: credit_map."""
     figures = "".join(picture(what, metrics, curves) for what, metrics in CURVES.items())
     tokens = credit_map(pairs, tokenizer, layers)
     return PAGE.format(escaped(settings), escaped(text), figures, tokens)
@@ -1602,7 +1602,7 @@ def make_tiny(pairs, seed, steps=2000, styles=tuple(PROMPTS)):
     """-> (model, tokenizer): a small GPT-2 with random weights, warmed up on these pairs alone.
 
     It learns to answer a prompt with either response, a better prompt with the chosen one and a
-    worse prompt with the rejected one, for each of the styles of PROMPTS.
+    worse prompt with the rejected one, for each of these styles.
     """
     tokenizer = tiny_tokenizer(pairs)
     torch.manual_seed(seed)
@@ -1726,7 +1726,7 @@ def compare(s, out, judge=None):
         if start != made:
             begin = replace(s, seed=seed, prompts=prompts, token_rewards="contrastive")
             begin = replace(begin, alpha=s.alpha or 1.0)  # with 0 no such prompt would be read
-            model, tokenizer, pairs, heldout, _ = prepare(begin, out / start, judge)
+            model, tokenizer, pairs, heldout, _ = prepare(begin, out / start)
             need(heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
             weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
             made = start
@@ -2156,7 +2156,9 @@ def prepare(s, folder, judge=None):
         say(f"warning: --lr {s.lr:g} suits adapters; to train all of this model, leave it out")
     if s.alpha > 0 and s.token_rewards == "contrastive":
         prompt_quality(pairs, s.prompts)
-    before, heldout = evaluate(model, tokenizer, heldout, s, judge)
+    before = {}
+    if not s.compare:  # which shows nothing of the untrained model
+        before, heldout = evaluate(model, tokenizer, heldout, s, judge)
     before.pop("credit_auroc", None)  # constants by construction: the model is its own reference
     if s.algorithm == "dpo":
         before.pop("accuracy", None)
