@@ -321,6 +321,9 @@ def test_contrastive_prompts_rewrite_the_last_user_message(style):
     both = treg.contrastive_prompts(talk, "A crow.", style)
     assert talk == before, "the caller's messages must not change: did you write into them?"
     for messages, text in zip(both, (better, worse), strict=True):
+        assert [*map(type, messages)] == [dict] * 5, (
+            "as many messages as before: those after the last *user* message stay too"
+        )
         assert messages[4:] == talk[4:], "all others stay, after the last *user* message too"
         expected = [*talk[:3], {"role": "user", "content": text}, talk[4]]
         assert messages == expected, "the last user message is rewritten as a text is, no other"
@@ -349,6 +352,8 @@ CRASHES = {  # words of an exception: what to look at
     "in-place operation": "do not write into the arguments: they are the caller's",
     "No comparison pair": "the result should be a tensor",
     "unpack|iterat|0-d|zip": "treg_loss returns (loss, margin), and prompts are (better, worse)",
+    "size of tensor": "T differs between the sides: sum each first; keepdim where a row is divided",
+    "unhashable": "style is a name in PROMPTS, or itself a dict with better and worse",
     "[Bb]ool|mask|bitwise": "a mask may be bool, int or float: write mask.bool(), and ~ after it",
     "dtype|Float|Double": "keep the dtype of the arguments, here float64: is there a float32?",
 }
@@ -484,6 +489,14 @@ WRONG = {
         ("dict(m) for", "m for", "last_user", "did you write into them"),
         ("prompt] for _", "prompt[: last + 1]] for _", "last_user", "after the last *user*"),
         (' if m["role"] == "user"', "", "last_user", "after the last *user*"),
+        ("return copies", "return texts", "last_user", "as many messages as before"),
+        (
+            'messages[last]["content"] = text',
+            "messages.append(text)",
+            "last_user",
+            "as many messages",
+        ),
+        ("[style] if isinstance(style, str) else style", "[style]", "literally", "itself a dict"),
         ("][-1]", "][0]", "last_user", "no other"),
         (".split", '.replace("{response}", response).split', "literally", "in one pass"),
     ],
@@ -505,8 +518,10 @@ WRONG = {
         (" - beta * ref_logps", "", "rewards_by_hand", "is the reference subtracted"),
         ("* logps -", "* logps.detach() -", "rewards_by_hand", "no gradient reaches log π"),
         (".masked_fill(mask == 0, 0)", " * mask", "padding", "NaN × 0 is NaN"),
+        (".masked_fill(mask == 0, 0)", ".sum(dim=1)", "rewards_by_hand", "expected (2, 2)"),
     ],
     "simpo_rewards": [
+        (".unsqueeze(1)", "", "simpo", "keepdim where a row is divided"),
         (" / length.unsqueeze(1)", "", "simpo", "divided by the number of tokens"),
         ("(mask != 0)", "torch.ones_like(mask)", "simpo", "not in the batch"),
         ("(mask != 0).sum(dim=1)", "(mask.sum(dim=1) - 1)", "simpo", "the number of tokens"),
@@ -515,6 +530,13 @@ WRONG = {
     "treg_loss": [
         ("chosen.sum(dim=1) - rejected", "rejected.sum(dim=1) - chosen", "by_hand", "swapped"),
         ("sum(dim=1) - rejected.sum", "mean(dim=1) - rejected.mean", "by_hand", "means for sums"),
+        ("chosen.sum(dim=1) - rejected", "(chosen - rejected)", "identity", "T differs between"),
+        (
+            "- alpha * w * agree, z",
+            "- alpha * (w * agree).mean(), z",
+            "identity",
+            "L of one pair of two",
+        ),
         ("- gamma", "+ gamma", "gamma", "is γ subtracted"),
         ("agree, z", "agree, z + gamma", "gamma", "in the returned margin too"),
         ("agree, z", "agree", "by_hand", "returns (loss, margin)"),
@@ -737,10 +759,8 @@ FORMATS = [  # rows that have their prompt before the responses of TEXTS
     ({"prompt": ASKED, **talk(*ASKED)}, ASKED),
     (talk(S(""), *ASKED), ASKED),
     ({"system": " ", "question": "Is it?", **TEXTS}, ASKED),
-    (
-        {**ROW, "question": "Is it?", "context": "it"},
-        ASKED,
-    ),  # nothing that the prompt does not hold
+    # nothing that the prompt does not hold
+    ({**ROW, "question": "Is it?", "context": "it"}, ASKED),
     ({**ROW, **BLANK, "keywords": "a, b", "label": True}, ASKED),
     ({"prompt": LONGER, **TEXTS}, LONGER),
     (talk(*LONGER), LONGER),
@@ -896,10 +916,7 @@ CHANGES = [  # what is changed in ROW, how the error goes on after file and line
     ({"prompt": [U([{"type": "image"}])]}, "prompt .*content that is text"),
     ({"chosen": A("x", function_call={"name": "f"})}, "chosen .*not function_call"),
     ({"chosen": ASKED}, "chosen must end"),
-    (
-        {**NONE, "chosen": [*LONGER, A("x")], "rejected": [*ASKED, A("y")]},
-        "chosen and .* the same up",
-    ),
+    ({**NONE, "chosen": [*LONGER, A("x")], "rejected": [*ASKED, A("y")]}, "chosen and .* up to"),
     ({**NONE, **OTHER}, "chosen and rejected must be the same up"),
     ({"prompt": HH, "chosen": " x\n\nHuman: And?\n\nAssistant: y"}, "a response holds turns"),
     ({**NONE, **hh("\n\nHuman:\n\nAssistant: ")}, "chosen.* blank"),
@@ -915,14 +932,8 @@ CHANGES = [  # what is changed in ROW, how the error goes on after file and line
     ({"prompt": "### Response:\n"}, "prompt ends like"),
     ({"prompt": "USER: Hi ASSISTANT:"}, "prompt ends like"),
     ({**talk(*ASKED), "prompt": "Is"}, "prompt and the messages before the last say"),
-    (
-        {**talk(*LONGER), "prompt": [U("Hm"), *LONGER[1:]]},
-        "prompt and the messages before the last say",
-    ),
-    (
-        {**NONE, **talk(*ASKED), "history": [["a", "b"]]},
-        "prompt and the messages before the last say",
-    ),
+    ({**talk(*LONGER), "prompt": [U("Hm"), *LONGER[1:]]}, "prompt and the messages before .* say"),
+    ({**NONE, **talk(*ASKED), "history": [["a", "b"]]}, "prompt and the messages before .* say"),
     ({"prompt": [S("s"), *ASKED], "system": "t"}, "has two system messages"),
     ({"question": "Was it?"}, "prompt and question say different"),
     ({"input": "1, 2"}, "the column input"),
@@ -1477,6 +1488,37 @@ def test_a_shared_prompt_is_computed_once_and_the_head_only_where_a_token_is_pre
     assert logits == [3, 3, 6]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pass_keeps_one_number_a_logit_and_84_or_4_bytes_of_width_a_layer(checkpointing):
+    """What is kept for the backward pass, in the shape of Llama and in float32."""
+
+    def kept(layers=1, vocabulary=512, tokens=90, dtype="fp32"):
+        sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
+        sizes |= {"num_hidden_layers": layers, "vocab_size": vocabulary}
+        model = model_of("llama", **sizes)
+        model.shares_prompts = True
+        if checkpointing:
+            treg.checkpoint_layers(model, "")
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        rows = rows_of(x=tokens, better=0, worse=0, chosen=tokens, rejected=tokens)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logps, _ = treg.response_logps(model, rows[0][:2], rows[1][:2])
+        return logps.isfinite().all() and sum(storages.values())
+
+    assert (kept(vocabulary=1024) - kept()) / 512 / 180 == pytest.approx(4, rel=0.02)
+    layer, half = (kept(2, tokens=n) - kept(1, tokens=n) for n in (90, 45))
+    wanted = 4 if checkpointing else 84
+    assert (layer - half) / 135 / 256 == pytest.approx(wanted, rel=0.05)
+
+
 # ---------------------------------------------------------------------------------- 8 training
 # Guards sections 5 and 6: what annotate writes, which pairs are in a step, and that a step is
 # exactly the one of the paper: mean gradient, clipped, AdamW, at the rate of this step.
@@ -1538,6 +1580,26 @@ def test_annotate_writes_the_reference_and_the_token_rewards_of_the_contrastive_
     assert bare[0].chosen.ref_logps is None, "encoded pairs are left as they are too"
 
 
+def test_what_stays_of_a_pass_is_made_before_all_passes(monkeypatch):
+    """Else small tensors that stay lie between large ones that go, and the heap only grows."""
+    places, logps = [], treg.policy_logps
+
+    def spy(model, pack, dtype):
+        for response in treg.sides(pack):
+            stays = response.ref_logps, response.token_rewards, response.credit
+            places.append([tensor.data_ptr() for tensor in stays if tensor is not None])
+        return logps(model, pack, dtype)
+
+    monkeypatch.setattr(treg, "policy_logps", spy)
+    model = model_of()
+    pairs = treg.annotate(model, tokenizer_of(None), text_pairs(), pass_tokens=1)
+    for names in ("ref_logps", "token_rewards"), ("ref_logps", "token_rewards", "credit"):
+        each = [response for pair in pairs for response in treg.sides([pair])]
+        assert places == [[getattr(r, name).data_ptr() for name in names] for r in each]
+        places.clear()
+        _, pairs = treg.measure(model, pairs, treg.resolve(None, model, pass_tokens=1))
+
+
 def test_variants_and_controls_write_their_token_rewards_and_leave_the_pairs_as_they_were():
     pairs = annotated(model_of())
     before = [response.token_rewards.tolist() for response in treg.sides(pairs)]
@@ -1553,9 +1615,7 @@ def test_variants_and_controls_write_their_token_rewards_and_leave_the_pairs_as_
     shuffled = changed("shuffled")
     assert [*map(sorted, shuffled)] == [*map(sorted, before)], "within the response"
     assert all(new != old for new, old in zip(shuffled, before, strict=True))
-    assert changed("shuffled", pairs[:2])[:2] == shuffled[:2], (
-        "of the first pairs by the seed alone"
-    )
+    assert changed("shuffled", pairs[:2])[:2] == shuffled[:2], "the first by the seed alone"
     assert changed("shuffled", seed=1) != shuffled, "another seed, another order"
     assert changed("contrastive") == before, "the caller's pairs"
 
@@ -2304,11 +2364,8 @@ def test_dropout_is_off_and_dpo_begins_with_margin_0_loss_ln_2_and_weight_half(
 
 
 def test_gradient_checkpointing_computes_layers_anew_and_changes_nothing(tmp_path, monkeypatch):
-    flag, mlp, counts = (
-        "--gradient-checkpointing",
-        transformers.models.gpt2.modeling_gpt2.GPT2MLP,
-        [],
-    )
+    flag, counts = "--gradient-checkpointing", []
+    mlp = transformers.models.gpt2.modeling_gpt2.GPT2MLP
     forward = mlp.forward
     monkeypatch.setattr(mlp, "forward", lambda *args: counts.append(1) or forward(*args))
 
@@ -2602,6 +2659,25 @@ def test_readme_snippet_prints_what_the_readme_says(words, capsys):
     after = README.partition(snippet(words))[2].partition("It prints")[2]
     shown = re.search(r"```text\n(.*?)```|`(\[.*?)`", after, re.S)
     assert capsys.readouterr().out.strip() == (shown[1] or shown[2]).strip()
+
+
+def test_readme_picture_and_cost_table_come_from_their_scripts(at_place, monkeypatch, capsys):
+    monkeypatch.setattr(treg, "TINY_DATA", "few.jsonl")
+    exec(snippet("def bar("), {})
+    found, shown = (
+        capsys.readouterr().out,
+        re.search(r"```text\n(chosen +r̂.*?)```", README, re.S)[1],
+    )
+    heads = [line.split() for line in shown.splitlines() if "learned" in line]
+    assert [line.split() for line in found.splitlines() if "learned" in line] == heads
+    assert "│█" in found and "[" in found
+
+    monkeypatch.setattr(subprocess, "run", lambda argv, **_: done(*argv[2:]))
+    monkeypatch.setattr(sys, "argv", ["cost.py", "1", "32", "100", "--batch-size", "50"])
+    exec(re.sub("256|1024|2048", "9", snippet("def cost(")), {})
+    head, first, *rows = capsys.readouterr().out.splitlines()
+    assert head in README and [row.split()[:3] for row in rows[1:4]] == [["16", "64", "9"]] * 3
+    assert re.fullmatch(r" +100 +16 +16 +[\d.]+ s +[\d.]+ s +[\d.]+ GiB", first)
 
 
 def test_readme_conversation(at_place, capsys):

@@ -78,6 +78,7 @@ import transformers
 from filelock import FileLock, Timeout
 from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -281,6 +282,28 @@ def depth_first(rows):
     return ids, positions, ends, paths
 
 
+class TokenLogps(torch.autograd.Function):
+    """The log-probability of one token in each row of logits. (N, V), (N,) -> (N,) float32.
+
+    ∂ log p(y) / ∂ logit_v = 1[v = y] − p(v), by hand, because tensors of N × V numbers are the
+    largest of all: in its backward pass cross_entropy would hold three of them, and this holds one.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens):
+        logps = logits.log_softmax(-1, dtype=torch.float32)
+        ctx.save_for_backward(logps, tokens)
+        return logps.gather(-1, tokens[:, None]).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        logps, tokens = ctx.saved_tensors
+        result = logps.exp_().mul_(-gradient[:, None])  # in place: it is not needed again
+        result.scatter_add_(-1, tokens[:, None], gradient[:, None])
+        return result, None
+
+
 def one_pass(model, prompts, responses):
     """One forward pass over the tree of these rows. -> log-probs (T,) of each response, a tuple."""
     rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
@@ -307,8 +330,7 @@ def one_pass(model, prompts, responses):
         logits = model(**inputs, logits_to_keep=sources).logits[0]
     else:
         logits = model(**inputs).logits[0, sources]
-    # float32, also where logits are bfloat16
-    logps = -F.cross_entropy(logits.float(), targets, reduction="none")
+    logps = TokenLogps.apply(logits, targets)
     return logps.split([len(response) for response in responses])
 
 
@@ -360,20 +382,23 @@ def full_attention(model, length):
 @torch.no_grad()
 def sharing_is_exact(model, prompts, responses):
     """May these rows share their beginnings? By the architecture, and by computing both ways."""
-    length = max(map(len, prompts)) + max(map(len, responses))
-    if not full_attention(model, length):
+    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    if not full_attention(model, max(map(len, rows))):
         return False
-    rows = bar(list(zip(prompts, responses, strict=True)), desc="check packing", unit=" rows")
-    alone = [one_pass(model, [prompt], [response])[0] for prompt, response in rows]
     try:
         together = one_pass(model, prompts, responses)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, AssertionError, AttributeError):
         return False  # a model that takes no such mask or positions
-    # rounding moves log-probs by 1e-5, a response that sees another by 1e-2 and more
-    both = zip(alone, together, strict=True)
-    return all(torch.allclose(one, other, rtol=0, atol=1e-3) for one, other in both)
+    # two rows tell: the longest, of a window; the last in the tree, of all that it must not see
+    longest, last = max(rows, key=len), max(rows)
+    for row in {rows.index(longest), rows.index(last)}:
+        [alone] = one_pass(model, [prompts[row]], [responses[row]])
+        # rounding moves log-probs by 1e-5, a response that sees another by 1e-2 and more
+        if not torch.allclose(alone, together[row], rtol=0, atol=1e-3):
+            return False
+    return True
 
 
 # --------------------------------------------------------------------------------------- 5 annotate
@@ -446,10 +471,21 @@ def stacked(responses, name, device):
     return pad_sequence(rows, batch_first=True).to(device)
 
 
+def make_room(pairs, *names):
+    """Set attributes of all responses to (T,) zeros, which unstacked overwrites.
+
+    Not one by one between the passes: what stays would lie between what goes, and the holes of a
+    heap are not filled again. Ten thousand pairs would hold gigabytes.
+    """
+    for response in sides(pairs):
+        for name in names:
+            setattr(response, name, torch.zeros(len(response.ids)))
+
+
 def unstacked(responses, name, values):
-    """Write the rows of (B, T) values, without their padding, to an attribute of the responses."""
+    """Write the rows of (B, T) values, without their padding, into an attribute's tensors."""
     for response, row in zip(responses, values.float().cpu(), strict=True):
-        setattr(response, name, row[: len(response.ids)].clone())
+        getattr(response, name).copy_(row[: len(response.ids)])
 
 
 def packs(pairs, limit):
@@ -523,6 +559,7 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
             each.shares_prompts = sharing_is_exact(each, *zip(*rows, strict=True))
             if not each.shares_prompts:
                 say("note: this architecture cannot share prompts: each response is computed alone")
+    make_room(pairs, "ref_logps", "token_rewards")
     with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
         # packs counts one prompt for each pair, and a response is read after up to three
         for pack in packs(pairs, s.pass_tokens // 3):
@@ -645,12 +682,13 @@ def take_step(model, optimizer, batch, s, lr):
     return {**row, "grad_norm": norm, "lr": lr}
 
 
-def batch_of(step, pairs, s):
-    """The pairs of a step: a function of seed and step, so a resumed run needs no random state."""
-    epoch, place = divmod(step, math.ceil(len(pairs) / s.batch_size))
-    generator = torch.Generator().manual_seed(s.seed + epoch)
-    order = torch.randperm(len(pairs), generator=generator).tolist()
-    return [pairs[i] for i in order[place * s.batch_size : (place + 1) * s.batch_size]]
+def batches(pairs, s):
+    """Yield the pairs of each step, by the seed alone: a resumed run needs no random state."""
+    for epoch in range(s.epochs):
+        generator = torch.Generator().manual_seed(s.seed + epoch)
+        order = torch.randperm(len(pairs), generator=generator).tolist()
+        for start in range(0, len(order), s.batch_size):
+            yield [pairs[i] for i in order[start : start + s.batch_size]]
 
 
 def train(model, pairs, settings=None, out=None, heldout=(), **changes):
@@ -671,9 +709,9 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
         say(f"going on after step {saved} of {total}")
     steps = range(saved, total)
     steps = bar(steps, desc="train", unit=" steps", initial=saved, total=total, delay=0)
+    to_come = itertools.islice(batches(pairs, s), saved, None)
     try:
-        for step in steps:
-            batch = batch_of(step, pairs, s)
+        for step, batch in zip(steps, to_come, strict=True):
             row = {"step": step + 1}
             row |= take_step(model, optimizer, batch, s, lr=s.lr * schedule(step, total))
             last = step + 1 == total
@@ -707,15 +745,16 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
 def measure(model, pairs, s):
     """-> ({metric: an array with a value for each pair}, copies of the pairs with credit)."""
     pairs = [copied(pair) for pair in pairs]
-    parts = []
+    make_room(pairs, "credit")
+    columns = {}
     for pack in bar(list(packs(pairs, s.pass_tokens)), desc="measure", unit=" passes"):
         _, metrics, credit = losses(model, pack, s)
         unstacked(sides(pack), "credit", credit)
-        parts.append(metrics)
-    columns = {name: torch.cat([part[name] for part in parts]).double().cpu() for name in parts[0]}
-    for pair, correct in zip(pairs, columns["accuracy"].tolist(), strict=True):
+        for name, values in metrics.items():
+            columns.setdefault(name, []).extend(values.tolist())
+    for pair, correct in zip(pairs, columns["accuracy"], strict=True):
         pair.correct = correct
-    return {name: column.numpy() for name, column in columns.items()}, pairs
+    return {name: np.array(column) for name, column in columns.items()}, pairs
 
 
 # ------------------------------------------------------------------------------------------- 7 data
@@ -1889,7 +1928,9 @@ class Settings:
     lr: float | None = flag(None, "peak rate [5e-7 x sqrt(8e9 / parameters); tiny: tuned]", 1e-12)
     epochs: int | None = flag(None, "passes over the pairs [1; the tiny model 3]", 1)
     batch_size: int = flag(8, "pairs in an optimiser step", 1)
-    pass_tokens: int = flag(1024, "tokens in a forward pass: speed and memory, not the result", 1)
+    pass_tokens: int | None = flag(
+        None, "tokens in a forward pass: speed and memory, not the result [1024; on CUDA 4096]", 1
+    )
     gradient_checkpointing: bool = flag(False, "less memory for about a third more time")
     dtype: Literal["fp32", "bf16"] = flag("fp32", "of matrix products; all else is fp32")
     seed: int = flag(0, "of all random numbers", 0, 2**31)
@@ -1928,6 +1969,8 @@ def resolve(settings, model, **changes):
         lr = float(f"{5e-7 * math.sqrt(8e9 / model.num_parameters()):.1e}")
         defaults = {"lr": lr, "beta": 0.1 if dpo else 2.5, "epochs": 1}
     defaults["gamma"] = 0.0 if dpo else 1.0
+    # with few tokens in a pass a GPU spends its time on reading the weights
+    defaults["pass_tokens"] = 4096 if model.device.type == "cuda" else 1024
     filled = {name: value for name, value in defaults.items() if getattr(s, name) is None}
     return replace(s, max_length=min(s.max_length, positions(model)), **filled)
 
