@@ -853,6 +853,9 @@ def test_rows_that_are_left_out_are_counted(tmp_path, capsys):
     assert "3 pairs dropped: a blank response" in said
     assert "1 pairs dropped: chosen and rejected are the same" in said
     assert "1 rows of split Train" in said and "2 rows of split dev" in said
+    longest = treg.longest_row(treg.encode(tokenizer_of(), pairs)[0])
+    kept = [len(treg.encode(tokenizer_of(), pairs, None, longest - less)) for less in (0, 1)]
+    assert kept == [3, 0], "as long as --max-length is not too long"
 
 
 WRONG_ROWS = [{**ROW, "chosen": n} for n in range(3)] + [TEXTS] * 3
@@ -1266,6 +1269,17 @@ def test_merge_across_the_boundary_changes_one_token(kind):
     whole = tokenizer("A crow.\nName a bird.", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(found) == "A crow.\nName a bird."
     assert whole != found and whole[-3:] == found[-3:] and whole[:3] == found[:3]
+
+
+def test_a_response_is_encoded_by_itself_where_all_contexts_merge_with_it():
+    """A tokenizer of two characters a token: "abc" and a newline both take the X along."""
+
+    def tokenizer(text, **_):
+        return {"input_ids": [text[i : i + 2] for i in range(0, len(text), 2)]}
+
+    tokenizer.is_fast = False
+    assert treg.ids_in_context(tokenizer, "abc", "XYZ") == (["XY", "Z"], None)
+    assert treg.ids_in_context(tokenizer, "ab ", "XYZ") == ([" X", "YZ"], None), "in its context"
 
 
 LABELS = {  # template, text, its bad words, fields
@@ -1836,6 +1850,27 @@ def test_pair_accuracy_by_hand():
         pair.chosen.token_rewards, pair.rejected.token_rewards = map(torch.tensor, both)
     half = 1.95996 * math.sqrt(0.25 / 3 + 3.84146 / 36) / (1 + 3.84146 / 3)
     assert treg.pair_accuracy(pairs) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
+
+
+def test_the_page_by_hand():
+    """A token of half its scale has half of the full tint, .35: blue above 0 and orange below.
+
+    Steps 1, 2 and 3 lie at x = 60 + 250 step / 3; values 1, 2 and 5 at y = 160 − 145 (v − 1) / 4.
+    """
+    for value, ink in (0.25, treg.BLUE), (-0.25, treg.ORANGE):
+        box = treg.token_box("<a>", value, 0.5, error=value < 0)
+        assert f"rgb({ink} / 0.35)" in box and f'title="{value:+.3f}"' in box and "&lt;a&gt;" in box
+        assert ("error" in box) == (value < 0)
+    history = [{"step": step, "loss": loss} for step, loss in ((1, 1.0), (2, 2.0), (3, 5.0))]
+    drawn = treg.picture("a title", ["loss", "none"], {"a run": history})
+    assert 'points="143.3,160.0 226.7,123.8 310.0,15.0"' in drawn and "a run, loss" in drawn
+    model, tokenizer, pairs = pencil_world()
+    _, pairs = treg.measure(model, pairs[2:], treg.resolve(None, model))
+    layers = {"r̂": (pairs, "token_rewards"), "learned": (pairs, "credit")}
+    page = treg.credit_map(pairs, tokenizer, layers)
+    assert page.count('class="token error"') == 2 * 3, "d, c and a, in both layers"
+    assert f"rgb({treg.ORANGE} / 0.70)" in page, "the largest credit, −2 ln 2, has the full tint"
+    assert f"Σ {-math.log(2):+.3f}" in page, "−2 + 2 + 0 + 0 − 1, in units of ln 2"
 
 
 def test_credit_auroc_by_hand():
