@@ -2632,6 +2632,22 @@ def test_the_tiny_model_is_a_function_of_the_seed():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
+def test_the_warm_up_repeats_no_response_that_its_prompt_shows(monkeypatch):
+    """Else the model would learn to copy, and `revise` would rank good tokens below bad ones."""
+    rows, logps = [], treg.response_logps
+
+    def spy(model, prompts, responses):
+        rows.extend(zip(prompts, responses, strict=True))
+        return logps(model, prompts, responses)
+
+    monkeypatch.setattr(treg, "response_logps", spy)
+    pairs = treg.load_splits(treg.TINY_DATA)["warmup"][:4]
+    _, tokenizer = treg.make_tiny(pairs, 0, steps=20)
+    texts = [(tokenizer.decode(prompt), tokenizer.decode(ids[:-1])) for prompt, ids in rows]
+    shown = [(prompt, response) for prompt, response in texts if "Response:" in prompt]
+    assert len(shown) > 20 and not any(response in prompt for prompt, response in shown)
+
+
 # ----------------------------------------------------------------------------------- 12 README
 # Guards README.md: every command, snippet, answer and name in it is true.
 README = (HERE / "README.md").read_text(encoding="utf-8")
