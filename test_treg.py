@@ -1488,6 +1488,10 @@ def test_log_softmax_is_float32_where_logits_are_bfloat16():
     rough, exact = rough.ref_logps, exact.ref_logps
     assert rough.dtype == torch.float32 and not torch.equal(rough, rough.bfloat16().float())
     assert 0 < (rough - exact).abs().max() < 1, "products are rounded"
+    model = model_of()
+    pairs = treg.annotate(model, tokenizer_of(), text_pairs(1), dtype="bf16", alpha=0)
+    _, metrics, credit = treg.losses(model, pairs, treg.resolve(None, model, dtype="bf16"))
+    assert not credit.any() and metrics["margin"] == 0, "the reference in the training's precision"
 
 
 def test_a_shared_prompt_is_computed_once_and_the_head_only_where_a_token_is_predicted():
@@ -2144,6 +2148,12 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(where, tmp_path):
         assert end_of(out) == end_of(straight())
         return
     goes_on(out)
+
+
+def test_a_resumed_run_shares_beginnings_only_if_it_did_before(tmp_path):
+    killed(treg, "take_step", 1, "before", *words(tmp_path / "out", model=model_folder("bloom")))
+    for out, shares in (tmp_path / "out", False), (killed_before_step_4(), True):
+        assert treg.load_prepared(treg.read_settings(out), out)[0].shares_prompts == shares
 
 
 def test_interrupted_says_from_where_it_goes_on_and_goes_on(tmp_path, monkeypatch):
