@@ -1394,6 +1394,28 @@ def test_beginnings_are_shared_where_and_only_where_that_is_exact(kind, changes,
             close(logps[i][mask[i]].double(), logps_by_hand(model, *row), f"{kind}: row {i}", 1e-4)
 
 
+@pytest.mark.parametrize("fault", ["none", "no mask", "a window", "the last of the tree"])
+def test_what_no_rule_knows_of_is_found_by_computing(fault):
+    """It ignores the mask; by itself it is wrong from 41 tokens on; its last node is wrong."""
+    model, rows = model_of(), rows_of()
+    forward = model.forward
+
+    def faulty(input_ids, logits_to_keep, attention_mask=None, **rest):
+        if fault == "no mask":
+            attention_mask = None
+        if fault == "a window" and attention_mask is None and input_ids.shape[1] > 40:
+            input_ids = torch.full_like(input_ids, 5)
+        found = forward(
+            input_ids, logits_to_keep=logits_to_keep, attention_mask=attention_mask, **rest
+        )
+        if fault == "the last of the tree" and attention_mask is not None:
+            found.logits[:, logits_to_keep == input_ids.shape[1] - 1] = 0
+        return found
+
+    model.forward = faulty
+    assert treg.sharing_is_exact(model, *rows) == (fault == "none")
+
+
 def test_a_window_counts_from_the_rows_that_reach_it_and_for_good(capsys):
     model, tokenizer = model_of("mistral", sliding_window=40), tokenizer_of()
     assert treg.full_attention(model, 40) and not treg.full_attention(model, 41)

@@ -393,7 +393,8 @@ def sharing_is_exact(model, prompts, responses):
         return False  # a model that takes no such mask or positions
     # two rows tell: the longest, of a window; the last in the tree, of all that it must not see
     longest, last = max(rows, key=len), max(rows)
-    for row in {rows.index(longest), rows.index(last)}:
+    telling = sorted({rows.index(longest), rows.index(last)})
+    for row in bar(telling, desc="check sharing", unit=" rows"):
         [alone] = one_pass(model, [prompts[row]], [responses[row]])
         # rounding moves log-probs by 1e-5, a response that sees another by 1e-2 and more
         if not torch.allclose(alone, together[row], rtol=0, atol=1e-3):
