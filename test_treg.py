@@ -8,7 +8,7 @@ TREG=student.py python -m pytest -q test_treg.py -x -k method.
 Part II, the program: each section says what it guards, and a table in it is read as "this in, that
 out". Every helper stands once.
     3 the tiny data    4 data    5 templates and tokens    6 models and sharing    7 log-probs
-    8 training    9 evaluation    10 the run    11 the comparison    12 README    the map
+    8 training    9 evaluation    10 the run    11 the comparison    12 README    13 experiments
 """
 
 import codecs
@@ -41,6 +41,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -420,7 +421,7 @@ def test_unknown_weighting_is_refused():
         treg.treg_loss(*torch.zeros(4, 1, 1), 0.5, weighting="token")
 
 
-# Correct code in two other styles. WRONG spoils the first, by one typical mistake at a time.
+# Correct code in another style. WRONG spoils it by one typical mistake at a time.
 STUDENT = """
 import torch
 import torch.nn.functional as F
@@ -443,7 +444,7 @@ def token_rewards(better_logps, worse_logps, mask):
     return 1 / (1 + torch.exp(-d)) - 1 / 2
 
 def dpo_rewards(logps, ref_logps, mask, beta):
-    return (beta * logps - beta * ref_logps).masked_fill(mask == 0, 0)
+    return (beta * logps - beta * ref_logps.detach()).masked_fill(mask == 0, 0)
 
 def simpo_rewards(logps, mask, beta):
     length = (mask != 0).sum(dim=1).clamp(min=1)
@@ -457,30 +458,6 @@ def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weig
     agree = agree + torch.einsum("bt,bt->b", rejected_hat, rejected)
     return F.softplus(-z) - alpha * w * agree, z
 """
-CONSTANTS_PRODUCTS_AND_LOOPS = """
-import collections, math, torch
-
-Result = collections.namedtuple("Result", "loss margin")
-
-@torch.no_grad()
-def token_rewards(better_logps, worse_logps, mask):
-    return torch.tanh(torch.nan_to_num(better_logps - worse_logps, 0.0, 0.0, 0.0) * mask / 2) / 2
-
-def dpo_rewards(logps, ref_logps, mask, beta):
-    rewards, real = torch.zeros_like(logps), mask.bool()
-    rewards[real] = beta * (logps[real] - ref_logps.detach()[real])
-    return rewards
-
-def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weighting="sequence"):
-    losses, margins = [], []
-    for c, r, c_hat, r_hat in zip(chosen, rejected, chosen_hat, rejected_hat):
-        z = sum(c) - sum(r) - gamma
-        w = 1 / (1 + math.exp(z.item())) if weighting == "sequence" else 0.5
-        agreement = torch.dot(c_hat, c) + torch.dot(r_hat, r)
-        losses.append(torch.logaddexp(torch.zeros_like(z), -z) - alpha * w * agreement)
-        margins.append(z)
-    return Result(torch.stack(losses), torch.stack(margins))
-"""
 LATE = ").sigmoid().masked_fill(mask == 0, 0.5).logit()"
 # function: what is right in STUDENT, a mistake for it, the test that catches it, words of its hint
 WRONG = {
@@ -488,14 +465,7 @@ WRONG = {
         ('("better", "worse")', '("worse", "better")', "last_user", "are they swapped"),
         ("dict(m) for", "m for", "last_user", "did you write into them"),
         ("prompt] for _", "prompt[: last + 1]] for _", "last_user", "after the last *user*"),
-        (' if m["role"] == "user"', "", "last_user", "after the last *user*"),
         ("return copies", "return texts", "last_user", "as many messages as before"),
-        (
-            'messages[last]["content"] = text',
-            "messages.append(text)",
-            "last_user",
-            "as many messages",
-        ),
         ("[style] if isinstance(style, str) else style", "[style]", "literally", "itself a dict"),
         ("][-1]", "][0]", "last_user", "no other"),
         (".split", '.replace("{response}", response).split', "literally", "in one pass"),
@@ -503,11 +473,9 @@ WRONG = {
     "token_rewards": [
         (" - 1 / 2", "", "rewards_by_hand", "is ½ subtracted"),
         ("better_logps - worse", "worse_logps - better", "rewards_by_hand", "swapped"),
-        ("1 / (1 + torch.exp(-d)) - 1 / 2", "torch.tanh(d) / 2", "rewards_by_hand", "r̂ = σ"),
         ("worse_logps)", "worse_logps).float()", "rewards_by_hand", "as exact as float32"),
         ("mask == 0", "1 - mask", "rewards_by_hand", "a mask may be bool, int or float"),
         ("mask == 0", "~mask", "padding", "a mask may be bool, int or float"),
-        (".masked_fill(mask == 0, 0)", "", "padding", "is the mask used"),
         (".masked_fill(mask == 0, 0)", " * mask", "padding", "NaN × 0 is NaN"),
         (").masked_fill(mask == 0, 0)", LATE, "padding", "mask before σ"),
         ("d =", "worse_logps[mask == 0] = 0; d =", "padding", "must not change"),
@@ -515,43 +483,31 @@ WRONG = {
     ],
     "dpo_rewards": [
         ("beta * logps - beta * ref", "logps - ref", "rewards_by_hand", "is β there"),
-        (" - beta * ref_logps", "", "rewards_by_hand", "is the reference subtracted"),
+        (" - beta * ref_logps.detach()", "", "rewards_by_hand", "is the reference subtracted"),
         ("* logps -", "* logps.detach() -", "rewards_by_hand", "no gradient reaches log π"),
         (".masked_fill(mask == 0, 0)", " * mask", "padding", "NaN × 0 is NaN"),
         (".masked_fill(mask == 0, 0)", ".sum(dim=1)", "rewards_by_hand", "expected (2, 2)"),
     ],
     "simpo_rewards": [
         (".unsqueeze(1)", "", "simpo", "keepdim where a row is divided"),
-        (" / length.unsqueeze(1)", "", "simpo", "divided by the number of tokens"),
         ("(mask != 0)", "torch.ones_like(mask)", "simpo", "not in the batch"),
-        ("(mask != 0).sum(dim=1)", "(mask.sum(dim=1) - 1)", "simpo", "the number of tokens"),
         (".clamp(min=1)", "", "simpo", "0 / 0 is NaN"),
     ],
     "treg_loss": [
         ("chosen.sum(dim=1) - rejected", "rejected.sum(dim=1) - chosen", "by_hand", "swapped"),
-        ("sum(dim=1) - rejected.sum", "mean(dim=1) - rejected.mean", "by_hand", "means for sums"),
         ("chosen.sum(dim=1) - rejected", "(chosen - rejected)", "identity", "T differs between"),
-        (
-            "- alpha * w * agree, z",
-            "- alpha * (w * agree).mean(), z",
-            "identity",
-            "L of one pair of two",
-        ),
+        ("w * agree, z", "(w * agree).mean(), z", "identity", "L of one pair of two"),
         ("- gamma", "+ gamma", "gamma", "is γ subtracted"),
         ("agree, z", "agree, z + gamma", "gamma", "in the returned margin too"),
         ("agree, z", "agree", "by_hand", "returns (loss, margin)"),
         ("F.softplus(-z) - ", "F.softplus(-z).mean() - ", "identity", "L of one pair of two"),
         ("z = chosen", "z = chosen.float()", "by_hand", "as exact as float32"),
         ("alpha * w", "w", "by_hand", "alpha 0: L = −log σ(z) − α·w·Σ r̂·r: is α there"),
-        ("F.softplus(-z)", "torch.relu(2 - z)", "by_hand", "alpha 0: L = −log σ(z)"),
         ("F.softplus(-z)", "-torch.log(torch.sigmoid(z))", "alpha_zero", "use logsigmoid"),
         ("torch.sigmoid(-z)", "torch.sigmoid(z)", "by_hand", "not σ(z)"),
         ("torch.sigmoid(-z)", "torch.sigmoid(-z - gamma)", "gamma", "z has γ in it, once"),
-        ("- alpha * w", "+ alpha * w", "by_hand", "chosen side: L"),
         ("* agree", "* agree / chosen.shape[1]", "by_hand", "a sum over tokens"),
-        ("agree = agree +", "_ =", "by_hand", "rejected side: L"),
         ("agree +", "agree -", "by_hand", "with the same sign"),
-        ("chosen_hat, chosen)", "rejected_hat, chosen)", "by_hand", "chosen side: L"),
         ("chosen_hat, chosen)", "chosen_hat, chosen.detach())", "by_hand", "and nothing else"),
         ("chosen_hat, chosen)", "chosen_hat.clamp(-1, 1), chosen)", "identity", "never clamped"),
         ("torch.no_grad()", "torch.enable_grad()", "by_hand", "did you detach the weight?"),
@@ -586,8 +542,9 @@ def first_failure(source, monkeypatch):
 
 
 @not_graded
-@pytest.mark.parametrize("source", [STUDENT, CONSTANTS_PRODUCTS_AND_LOOPS], ids=["one", "other"])
-def test_correct_code_in_another_style_passes(source, monkeypatch):
+@pytest.mark.parametrize("constant", ["", "@torch.no_grad()\n"])
+def test_correct_code_in_another_style_passes(constant, monkeypatch):
+    source = STUDENT.replace("def token_rewards", f"{constant}def token_rewards")
     assert first_failure(source, monkeypatch) == ("none", "")
 
 
@@ -620,7 +577,6 @@ def test_a_graded_file_gets_short_hints(tmp_path):
     assert len(says.splitlines()) < 5 * failed + 15, says
 
 
-# =================================================================== Part II, the program
 @not_graded
 def test_what_cannot_be_graded_says_why(tmp_path):
     student = tmp_path / "student.py"
@@ -634,6 +590,7 @@ def test_what_cannot_be_graded_says_why(tmp_path):
             graded(student)
 
 
+# =================================================================== Part II, the program
 # ------------------------------------------------------------------------------- 3 the tiny data
 # Guards tiny_data.jsonl: this generator makes it, with its labels and answers.
 SLOTS = """
@@ -756,7 +713,6 @@ FORMATS = [  # rows that have their prompt before the responses of TEXTS
     ({"prompt": [U([{"type": "text", "text": "Is it?"}])], **TEXTS}, ASKED),
     ({"prompt": "Is it?", "messages": [*ASKED, A("Yes.")], **talk(*ASKED)}, ASKED),  # UltraFeedback
     ({"prompt": "Hi", **talk(*LONGER)}, LONGER),  # the same, two turns
-    ({"prompt": ASKED, **talk(*ASKED)}, ASKED),
     (talk(S(""), *ASKED), ASKED),
     ({"system": " ", "question": "Is it?", **TEXTS}, ASKED),
     # nothing that the prompt does not hold
@@ -771,11 +727,9 @@ FORMATS = [  # rows that have their prompt before the responses of TEXTS
     ({"prompt": HH + " ", "chosen": " Yes.\n", "rejected": " No."}, LONGER),
     ({"prompt": HH, **hh(HH + " ")}, LONGER),
     (hh("Human: Is it?\nAssistant: "), ASKED),
-    ({"prompt": [S("s"), *ASKED], **talk()}, [S("s"), *ASKED]),
     ({"prompt": [S("s"), *ASKED], **talk(*ASKED)}, [S("s"), *ASKED]),
     ({"prompt": [S("s")], **talk(*ASKED)}, [S("s"), *ASKED]),
     ({"system": "s", "question": "Is it?", **TEXTS}, [S("s"), *ASKED]),  # Orca
-    ({"system": "s", **talk(S("s"), *ASKED)}, [S("s"), *ASKED]),
     ({"system": "s", **talk(*ASKED)}, [S("s"), *ASKED]),
     ({"system": "s", **hh("Human: Is it?\n\nAssistant:")}, [S("s"), *ASKED]),
 ]
@@ -829,14 +783,14 @@ def test_csv_cell_stays_the_text_that_it_is(tmp_path):
 
 def test_data_that_is_no_file_is_asked_of_the_hub(monkeypatch):
     hub = {"train": [ROW], "test": [ROW] * 2}
-    monkeypatch.setattr(treg.datasets, "load_dataset", lambda name: hub)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
     splits = treg.load_splits("some/data")
     assert {name: len(pairs) for name, pairs in splits.items()} == {"train": 1, "test": 2}
     assert splits["test"][1].where == "some/data:test row 2"
     del hub["train"]
     with pytest.raises(treg.UserError, match="--data some/data: no split train, only test"):
         treg.load_pairs("some/data")
-    monkeypatch.setattr(treg.datasets, "load_dataset", lambda name: json.loads("off\nline"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: json.loads("off\nline"))
     with pytest.raises(treg.UserError, match="--data some/data: no such file.*Expecting value"):
         treg.load_pairs("some/data")
 
@@ -861,7 +815,6 @@ def test_rows_that_are_left_out_are_counted(tmp_path, capsys):
 WRONG_ROWS = [{**ROW, "chosen": n} for n in range(3)] + [TEXTS] * 3
 MISTAKES = [  # a file's name and content, what the error says after the name
     ("p.txt", b"x", r": .*unknown ending.*\.jsonl"),
-    ("p.jsonl", b"\n \r\n\t\n", ": holds no rows"),
     ("p.jsonl", jsonl(ROW).decode().encode("utf-16"), ":[12]: .*not UTF-8"),
     ("p.jsonl", jsonl(ROW) + b'{"prompt": "caf\xe9"}', ":2: .*not UTF-8"),
     ("p.jsonl", b"[" * 100_000, ":1: not valid JSON"),
@@ -872,12 +825,10 @@ MISTAKES = [  # a file's name and content, what the error says after the name
         b"{\n" + jsonl(ROW, *WRONG_ROWS),
         r":1: .*:3: .*:4: .*:5: .*:6: (?!.*:\d).*7 rows in all",
     ),
-    ("p.json", b"", ": holds no rows"),
     ("p.json", b'{"data": []}', ":1: chosen is missing.*found nothing"),
     ("p.json", b'[{"a": 1},\n{"a" 2}\n]', ": not valid json.*line 2"),
     ("p.json", b'[{"a": 1, "a": 2}]', ": not valid json.*a stands twice"),
     ("p.json", b'[{"prompt": "a"}, 7]', ":row 1: .*:row 2: a row is an object"),
-    ("p.json", jsonl(ROW) + b'{"a" 2}', ":2: not valid JSON"),
     ("p.csv", b"prompt,chosen,rejected\n", ": holds no rows"),
     ("p.csv", b"prompt;chosen;rejected\na;b;c", ":row 1: .*found prompt;"),
     ("p.csv", b"a,%s,c\nd,e,f" % (b"b " * 999), ":row 1: chosen is .{,200}$"),
@@ -895,26 +846,19 @@ for write in str, json.dumps:  # messages that csv has turned into text
     for messages in [*ASKED, A("Yes.")], [{"id": 1, **A("Yes.")}], A("Yes."):
         row = {**ROW, "chosen": write(messages)}
         MISTAKES.append(("p.csv", csv_of(row), ":row 1: chosen is a list turned into text"))
-SHARE = {side: {"from": "gpt", "value": text} for side, text in TEXTS.items()}
 NONE = dict.fromkeys(ROW)  # takes the columns out
-UNPAIRED = {"chosen": None, "rejected": None}
 NUMPY = "[{'role': 'user', 'content': 'x'}\n {'role': 'assistant', 'content': 'y'}]"
 OTHER = {"chosen": HH + " x", "rejected": HH.replace("Hello", "Hey") + " y"}
 SPANS = [[2, 2]], [[0, 9]], [[-1, 2]], [[0, 1.0]], [[False, 1]], [[1]], [0], 5, "0"
 FUNCTIONS = 5, ["f"], [{"function": "f"}], [{"function": {"name": None}}], [{"function": {}}]
 CHANGES = [  # what is changed in ROW, how the error goes on after file and line
     ({"chosen": None}, "chosen is missing.*found prompt, rejected"),
-    ({**NONE, "conversations": [SHARE["chosen"]]}, "chosen is missing.*found conversations"),
-    ({**UNPAIRED, "completion": "c"}, "chosen is missing.*found prompt, completion"),  # KTO
-    ({**UNPAIRED, "responses": ["c", "d"]}, "chosen is missing.*found prompt, responses"),
-    ({**SHARE, "conversations": []}, "chosen.*from"),
     ({"chosen": 4}, "chosen must be text"),
     ({"chosen": "\ud800"}, "chosen must be text.*UTF-8"),
     ({"chosen": A("a", reasoning_content="\ud800")}, ".*must be text.*UTF-8"),
     ({"chosen": [{"content": "x"}]}, "chosen .*role"),
     ({"chosen": [message("bot", "x")]}, "chosen .*role"),
     ({"chosen": ["x"]}, "chosen must be text or messages"),
-    ({"chosen": A(0)}, "chosen .*content that is text"),
     ({"prompt": [A(False), *ASKED]}, "prompt .*content that is text"),
     ({"prompt": [U([{"type": "image"}])]}, "prompt .*content that is text"),
     ({"chosen": A("x", function_call={"name": "f"})}, "chosen .*not function_call"),
@@ -930,21 +874,16 @@ CHANGES = [  # what is changed in ROW, how the error goes on after file and line
     ({"prompt": " "}, "has no prompt"),
     ({"prompt": [S("s")]}, "has no prompt"),
     ({"prompt": 0}, "prompt must"),
-    ({**talk(*ASKED), "prompt": 4}, "prompt must"),
     ({"prompt": LONGER[:2]}, "has no prompt.*found"),
     ({"prompt": "### Response:\n"}, "prompt ends like"),
-    ({"prompt": "USER: Hi ASSISTANT:"}, "prompt ends like"),
     ({**talk(*ASKED), "prompt": "Is"}, "prompt and the messages before the last say"),
     ({**talk(*LONGER), "prompt": [U("Hm"), *LONGER[1:]]}, "prompt and the messages before .* say"),
-    ({**NONE, **talk(*ASKED), "history": [["a", "b"]]}, "prompt and the messages before .* say"),
     ({"prompt": [S("s"), *ASKED], "system": "t"}, "has two system messages"),
     ({"question": "Was it?"}, "prompt and question say different"),
     ({"input": "1, 2"}, "the column input"),
     ({**NONE, **TEXTS, "input": "Is it?", "system": "s"}, "the column input"),
-    ({**NONE, **talk(*ASKED), "input": "1"}, "the column input"),
     ({**NONE, **TEXTS, "instruction": "Add.", "input": 5}, "input must be text"),
     ({"history": LONGER[:2]}, "history"),
-    ({"history": 5}, "history"),
     ({"system": 5}, "system must be text"),
     ({"context": "It is."}, "the column context would not be seen"),
     ({"images": ["a.png"]}, "the column images would not be seen"),
@@ -1176,10 +1115,7 @@ BIRD = [{"type": "function", "function": {"name": "bird"}}]
 SEVEN = [{"function": {"name": "look", "arguments": {"n": 7}}}]
 LOSES = {  # template, the row, what the refusal names
     "thoughts": ("SmolLM2", {"reasoning_content": "Crows fly."}, "reasoning_content"),
-    "calls": ("SmolLM2", {"tool_calls": CALL}, "tool_calls"),
-    "tools": ("SmolLM2", {"tools": CALL}, "tool look"),
     "earlier thoughts": ("Qwen3", {"prompt": [*TALK, A(THOUGHTS), ASK_BIRD]}, "of the assistant"),
-    "the response": (SWALLOW, {}, "response|assistant"),
     "the response, not a snowman": (SWALLOW, {"prompt": [U("Draw ☃.")]}, "response|assistant"),
     "a second system message": ("Phi-3, first", {"prompt": [KIND, KIND, ASK_BIRD]}, "system"),
     "a role order": ("Gemma", {"prompt": [ASK_BIRD, ASK_BIRD]}, "must alternate"),
@@ -1443,9 +1379,8 @@ class Bigram(torch.nn.Module):
         table = [[0.2, 0.3, 0.5], [0.25, 0.25, 0.5], [0.6, 0.3, 0.1]]
         self.table = torch.nn.Parameter(torch.tensor(table).log())
 
-    def forward(self, input_ids, logits_to_keep=0, **_):
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return types.SimpleNamespace(logits=self.table[input_ids][:, keep])
+    def forward(self, input_ids, **_):  # as xLSTM's it knows no logits_to_keep
+        return types.SimpleNamespace(logits=self.table[input_ids])
 
 
 def test_response_logps_by_hand():
@@ -1472,11 +1407,15 @@ IN_ONE_BATCH = [
 ]
 
 
+@pytest.mark.parametrize("stem", [[], [3, 4]], ids=["", "stem"])
+@pytest.mark.parametrize("large", [0, 512], ids=["by branch", "whole"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "mixtral"])
-def test_response_logps_are_those_of_each_row_by_itself(kind):
+def test_response_logps_are_those_of_each_row_by_itself(kind, large, stem, monkeypatch):
     """Values, and gradients of a weighting of them, of separate rows and of a shared tree."""
+    monkeypatch.setattr(treg, "LARGE_TREE", large)
     model = model_of(kind)
-    wanted = [logps_by_hand(model, *row) for row in IN_ONE_BATCH]
+    rows = [[stem + prompt, response] for prompt, response in IN_ONE_BATCH]
+    wanted = [logps_by_hand(model, *row) for row in rows]
     weights = [torch.linspace(-1, 1 + i, len(row)) for i, row in enumerate(wanted)]
 
     def gradient(rows):
@@ -1487,7 +1426,7 @@ def test_response_logps_are_those_of_each_row_by_itself(kind):
     by_hand = gradient(wanted)
     for model.shares_prompts in (False, True):
         where = f"shared {model.shares_prompts}"
-        logps, mask = treg.response_logps(model, *map(list, zip(*IN_ONE_BATCH, strict=True)))
+        logps, mask = treg.response_logps(model, *map(list, zip(*rows, strict=True)))
         assert (logps.dtype, mask.dtype) == (torch.float32, torch.bool)
         for row, real, expected in zip(logps, mask, wanted, strict=True):
             assert real.tolist() == [t < len(expected) for t in range(mask.shape[1])], "the mask"
@@ -1526,6 +1465,33 @@ def test_a_shared_prompt_is_computed_once_and_the_head_only_where_a_token_is_pre
         treg.response_logps(model, [[5, 6, 7]] * 2, [[8, 9, 0], [8, 4, 0]])
     assert nodes == [5, 5, 6], "5 6 7, 8, 9 and 4; the end is not read"
     assert logits == [3, 3, 6]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_attention_over_a_large_tree_is_computed_by_branch(checkpointed, monkeypatch):
+    """Stem 5 6 7, branches 8 3 and 9: queries × keys 3 × 3, 2 × 5 and 1 × 4 in each of two layers.
+
+    With gradient checkpointing a layer is computed again in the backward pass, in the same way.
+    """
+    sizes = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if re.search("scaled_dot_product(?!.*backward)", str(operation)):
+                sizes.append((args[0].shape[-2], args[1].shape[-2]))
+            return operation(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(treg, "LARGE_TREE", 6)
+    model = model_of()
+    model.shares_prompts = True
+    if checkpointed:
+        treg.checkpoint_layers(model, "")
+    with Spy():
+        for last in (9, 8):  # with 8 3 again there are five nodes, which is not large
+            logps, _ = treg.response_logps(model, [[5, 6, 7]] * 2, [[8, 3, 0], [last, 0]])
+            logps.sum().backward()
+    layers = 4 if checkpointed else 2
+    assert sizes == [(3, 3), (2, 5), (1, 4)] * layers + [(5, 5)] * layers
 
 
 @pytest.mark.parametrize("kind, bytes_of_width", [("fp32", 84), ("bf16", 57), ("checkpointed", 4)])
@@ -1624,22 +1590,18 @@ def test_annotate_writes_the_reference_and_the_token_rewards_of_the_contrastive_
 
 def test_what_stays_of_a_pass_is_made_before_all_passes(monkeypatch):
     """Else small tensors that stay lie between large ones that go, and the heap only grows."""
-    places, logps = [], treg.policy_logps
+    made, make_room = [], treg.make_room
 
-    def spy(model, pack, dtype):
-        for response in treg.sides(pack):
-            stays = response.ref_logps, response.token_rewards, response.credit
-            places.append([tensor.data_ptr() for tensor in stays if tensor is not None])
-        return logps(model, pack, dtype)
+    def spy(pairs, *names):
+        make_room(pairs, *names)
+        made.append([getattr(r, name).data_ptr() for r in treg.sides(pairs) for name in names])
 
-    monkeypatch.setattr(treg, "policy_logps", spy)
+    monkeypatch.setattr(treg, "make_room", spy)
     model = model_of()
     pairs = treg.annotate(model, tokenizer_of(None), text_pairs(), pass_tokens=1)
-    for names in ("ref_logps", "token_rewards"), ("ref_logps", "token_rewards", "credit"):
-        each = [response for pair in pairs for response in treg.sides([pair])]
-        assert places == [[getattr(r, name).data_ptr() for name in names] for r in each]
-        places.clear()
-        _, pairs = treg.measure(model, pairs, treg.resolve(None, model, pass_tokens=1))
+    _, pairs = treg.measure(model, pairs, treg.resolve(None, model, pass_tokens=1))
+    for places, names in zip(made, (("ref_logps", "token_rewards"), ("credit",)), strict=True):
+        assert places == [getattr(r, n).data_ptr() for r in treg.sides(pairs) for n in names]
 
 
 def test_variants_and_controls_write_their_token_rewards_and_leave_the_pairs_as_they_were():
@@ -1820,6 +1782,9 @@ def test_metrics_of_evaluate_by_hand(monkeypatch):
     Chosen d a c c, d and the first c are errors: good 2, 0 against bad −2, 0: 3½ of 4. Rejected
     a b d, a is the error: 1, −2 against 2: 0 of 2. The end is in neither. Mean 7/16.
     r̂ is .2 for a, .3 for the end, else −.1: good a, c against bad d, c: 3 of 4; 0 of 2. Mean 3/8.
+
+    SimPO's R is log π / |y|, −7/3 against −12/3, a tie, −16/5 against −12/4: z + γ = 5/3, 0, −1/5.
+    Less γ = 3 no z is above 0, but the accuracy is still ½.
     """
     model, tokenizer, pairs = pencil_world()
     for response in treg.sides(pairs):
@@ -1838,6 +1803,12 @@ def test_metrics_of_evaluate_by_hand(monkeypatch):
     assert torch.allclose(shown[2].chosen.credit, credit, atol=1e-6)
     assert pairs[0].chosen.credit is None and pairs[0].score is None, "the caller's pairs"
 
+    simpo = {"algorithm": "simpo", "beta": 1.0, "gamma": 3 * math.log(2)}
+    found, shown = treg.evaluate(model, tokenizer, pairs, **simpo)
+    assert [pair.correct for pair in shown] == [1.0, 0.5, 0.0] and found["accuracy"] == 0.5
+    assert found["margin"] / math.log(2) == pytest.approx((5 / 3 - 1 / 5) / 3 - 3, abs=1e-5)
+    assert torch.allclose(shown[2].chosen.credit, credit, atol=1e-6), "log π − log π_ref, also here"
+
     judged, _ = treg.evaluate(model, tokenizer, pairs, judge=lambda pair, text: len(text) / 4)
     assert judged["score"] == pytest.approx(np.mean([len(text) for text in texts]) / 4)
     for pair in pairs:
@@ -1846,20 +1817,6 @@ def test_metrics_of_evaluate_by_hand(monkeypatch):
     bare, _ = treg.evaluate(model, tokenizer, pairs)
     assert bare["score"] is bare["credit_auroc"] is bare["token_reward_auroc"] is None
     assert treg.evaluate(model, tokenizer, []) == ({}, [])
-
-
-def test_accuracy_of_simpo_leaves_gamma_out():
-    """log π / |y| in units of ln 2, β = 1: −7/3 against −12/3; a tie; −16/5 against −12/4.
-
-    z + γ = 5/3, 0 and −1/5; less γ = 3 no z is above 0, but the accuracy is ½.
-    """
-    model, tokenizer, pairs = pencil_world()
-    s = treg.resolve(None, model, algorithm="simpo", beta=1.0, gamma=3 * math.log(2))
-    metrics, pairs = treg.evaluate(model, tokenizer, pairs, s, judge=lambda pair, text: 0.0)
-    assert [pair.correct for pair in pairs] == [1.0, 0.5, 0.0] and metrics["accuracy"] == 0.5
-    assert metrics["margin"] / math.log(2) == pytest.approx((5 / 3 + 0 - 1 / 5) / 3 - 3, abs=1e-5)
-    credit = torch.tensor([2.0, 1, -1]) * math.log(2)
-    assert torch.allclose(pairs[0].chosen.credit, credit, atol=1e-6), "log π − log π_ref, also here"
 
 
 def test_pairs_with_a_token_of_probability_zero_are_dropped():
@@ -1908,11 +1865,8 @@ def test_credit_auroc_by_hand():
     assert math.isnan(treg.credit_auroc([], []))
 
 
-ODD = {"min_p": 0.9, "typical_p": 0.2, "top_k": 1, "repetition_penalty": 3.0, "stop_strings": ["a"]}
-ODD |= {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2}
-ODD |= {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0, "early_stopping": True}
-ODD |= {"min_length": 30, "suppress_tokens": [5], "temperature": 0.1, "top_p": 0.1}
-ODD |= {"max_new_tokens": 2}
+ODD = {"min_p": 0.9, "top_k": 1, "top_p": 0.1, "temperature": 0.1, "stop_strings": ["a"]}
+ODD |= {"max_new_tokens": 2, "num_return_sequences": 2, "return_dict_in_generate": True}
 
 
 def test_samples_follow_the_models_own_distribution_and_no_generation_config():
@@ -1959,22 +1913,10 @@ def test_samples_do_not_depend_on_the_padding_of_their_prompts():
     assert len({*"".join(texts)}) > 60
 
 
-# spread of seeds, of prompts, of what is left
-@pytest.mark.parametrize("seeds", [5, 8])
-@pytest.mark.parametrize("spreads", [(1, 1, 1), (0.02, 1, 0.1)], ids=["seeds", "prompts"])
-def test_interval_covers_the_truth_in_95_of_100(seeds, spreads):
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(1000):
-        shapes = ((seeds, 1), (1, 60), (seeds, 60))
-        parts = [spread * rng.normal(size=of) for spread, of in zip(spreads, shapes, strict=True)]
-        _, low, high = treg.interval(0.3 + sum(parts))
-        covered += low <= 0.3 <= high
-    assert 930 < covered < 980
-
-
 def test_interval_by_hand():
     """Seeds alone differ, 1 to 5: 3 ± t(4) √(2.5 / 5). Prompts alone, 0 or 1: ½ ± t(29) s / √30.
 
+    Both, 0 to 4: the mean squares are 12½ and 12½, 4 ± t(25² / (2 · 12½² / 4) = 8) √(25 / 25).
     What is left, ±1 in turn, has the mean square 120 / 87, more than the prompts' 30 / 29. It takes
     nothing off them, but 1.034² / (1.034² / 29 + 1.379² / 87) = 18.2 degrees of freedom are left:
     ½ ± t(18.2) s / √30. By itself it is no spread of seeds or of prompts, so there is none.
@@ -1986,6 +1928,8 @@ def test_interval_by_hand():
         mean, low, high = treg.interval(values)
         half = t * math.sqrt(30 / 4 / 29 / 30)
         assert (mean, mean - low, high - mean) == pytest.approx((0.5, half, half), abs=1e-3)
+    both = treg.interval(np.add.outer(range(5), range(5)))
+    assert both == pytest.approx((4, 4 - 2.306, 4 + 2.306), abs=1e-3)
     assert treg.interval(left) == (0, 0, 0)
     assert treg.interval(np.full((3, 4), 0.25)) == (0.25, 0.25, 0.25)
     assert math.isnan(treg.interval(np.ones((1, 5)))[1])
@@ -2138,7 +2082,6 @@ def goes_on(out):
 # where it dies, and how many steps are saved then; None: data and model are still needed
 KILLS = {
     "in its first write": (os, "replace", 1, "before", None),
-    "annotating": (treg, "token_rewards", 2, "before", None),
     "the annotated pairs are half written": (torch, "save", 1, "half", None),
     "before the second step": (treg, "take_step", 2, "before", 0),
     "after the fourth step": (treg, "take_step", 4, "after", 2),
@@ -2326,7 +2269,6 @@ def an_encoder():
 FOLDERS = {  # what is saved over a model folder, or a file and its new content; what must be said
     "no config": (("config.json", None), "is no model folder"),
     "a damaged config": (("config.json", "{"), "cannot be loaded"),
-    "no weights": (("model.safetensors", None), "cannot be loaded"),
     "damaged weights": (("model.safetensors", "x"), "cannot be loaded"),
     "a layer missing": (lambda: model_of().config, r"weights missing: .*h\.1\.mlp\.c_fc\.weight"),
     "no tokenizer": (("tok*", None), "tokenizer|load"),
@@ -2349,13 +2291,12 @@ def test_a_mistake_in_a_model_folder_is_named(case, tmp_path):
     assert re.match(rf"--model {re.escape(str(folder))}: .*({says})", line), line
 
 
-VARIANTS = ["", "[]", "3", '{"a": 1}', '{"a": {"alhpa": 1}}', '{"a": {"alpha": -1}}']
+VARIANTS = ["", "3", '{"a": 1}', '{"a": {"alhpa": 1}}', '{"a": {"alpha": -1}}']
 VARIANTS += ['{"a": {"prompts": "rude"}}', '{"a": {"model": "b"}}', '{"a": {"seed": 1}}']
 VARIANTS += ["{}", '{"a": {"epochs": 1.5}}']
 # flags of which one cannot be, and what the line must say
 FLAGS = {
     "--aplha 1": "--aplha",
-    "--alpha much": "--alpha",
     "--beta -1": "--beta: must be from",
     "--lr nan": "--lr: must be from",
     "--algorithm ppo": "--algorithm.*dpo",
@@ -2367,8 +2308,6 @@ FLAGS = {
     "--data none.jsonl": "none.jsonl: no such file",
     "--compare 1 --variants none.json": "--variants none.json",
     f"--out {__file__}": "--out .*: cannot be made .*File exists",
-    f"--out {__file__}/run": "Not a directory",
-    "--out /proc/no/run": "/proc/no",
 }
 FLAGS |= {f"--compare 1 --variants {text}": "variant|alpha|prompts" for text in VARIANTS}
 
@@ -2472,10 +2411,10 @@ def test_bf16_starts_at_the_reference_and_rounds_no_small_update_away(dtype, fla
 
 
 def test_the_saved_model_stops_at_every_end_token_that_it_has_learned(tmp_path):
-    """Its own, its template's and that of a call; with settings that transformers 4 won't save."""
+    """Its own, its template's and that of a call; with settings that transformers won't save."""
     folder, tokenizer = shutil.copytree(model_folder(), tmp_path / "model"), tokenizer_of("gpt-oss")
     tokenizer.save_pretrained(folder)
-    own = {**ODD, "eos_token_id": 7, "do_sample": False, "temperature": 0.6, "top_p": 0.9}
+    own = {"eos_token_id": 7, "do_sample": False, "top_k": 5}
     (folder / "generation_config.json").write_text(json.dumps(own))
     rows = [
         {"prompt": f"{i}", "chosen": [A("", tool_calls=CALL)], "rejected": "?"} for i in range(12)
@@ -2486,7 +2425,7 @@ def test_the_saved_model_stops_at_every_end_token_that_it_has_learned(tmp_path):
     done("--resume", tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     learned = tokenizer.convert_tokens_to_ids(["<|call|>", "<|return|>"])
-    assert saved["eos_token_id"] == [7, *sorted(learned)] and saved["temperature"] == 0.6
+    assert saved["eos_token_id"] == [7, *sorted(learned)] and saved["top_k"] == 5
 
 
 def test_tokenizers_without_offsets_train_without_credit_figures(tmp_path):
@@ -2685,6 +2624,9 @@ def test_the_warm_up_repeats_no_response_that_its_prompt_shows(monkeypatch):
 README = (HERE / "README.md").read_text(encoding="utf-8")
 README_LINES = re.findall(r"`(python treg[^`]*)`", README) + README.splitlines()
 README_COMMANDS = {line for line in README_LINES if re.match("python treg.py(?! --help)", line)}
+EXAMPLE = re.findall(r"^\| (?:chosen|rejected) \d \|(.*)\|$", README, re.M)  # the table by hand
+EXAMPLE = [[float(cell.replace("−", "-")) for cell in row.split("|")] for row in EXAMPLE]
+EXAMPLE = torch.tensor(EXAMPLE, dtype=torch.float64).T.reshape(8, 2, 2)  # its columns
 
 
 def snippet(words, language="python"):
@@ -2705,10 +2647,8 @@ def place(tmp_path_factory):
     texts = {
         "few.jsonl": "".join(sum(few, [])),
         "pairs.jsonl": "".join(few[1]),
-        "blamed.jsonl": "".join(few[1]),
         "alphas.json": snippet("DPO-REG", "json"),
         "mine.json": json.dumps({"better": worse, "worse": better}),
-        "own.json": snippet("to the letter", "json"),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -2738,32 +2678,15 @@ def test_readme_command_runs_at_its_smallest_setting(command, at_place, tmp_path
     done(*argv)
 
 
-@pytest.mark.parametrize("words", ["def show(", "mask = torch.tensor"])
-def test_readme_snippet_prints_what_the_readme_says(words, capsys):
-    exec(snippet(words), {})
-    after = README.partition(snippet(words))[2].partition("It prints")[2]
-    shown = re.search(r"```text\n(.*?)```|`(\[.*?)`", after, re.S)
-    assert capsys.readouterr().out.strip() == (shown[1] or shown[2]).strip()
-
-
-def test_readme_picture_and_cost_table_come_from_their_scripts(at_place, monkeypatch, capsys):
-    monkeypatch.setattr(treg, "TINY_DATA", "few.jsonl")
-    exec(snippet("def bar(").replace("epochs=23", "epochs=1"), {})
-    found, shown = (
-        capsys.readouterr().out,
-        re.search(r"```text\n(chosen +r̂.*?)```", README, re.S)[1],
-    )
-    heads = [line.split() for line in shown.splitlines() if "learned" in line]
-    assert [line.split() for line in found.splitlines() if "learned" in line] == heads
-    assert "│█" in found and "[" in found
-
-    monkeypatch.setattr(subprocess, "run", lambda argv, **_: done(*argv[2:]))
-    monkeypatch.setattr(sys, "argv", ["cost.py", "1", "32", "100", "--batch-size", "50"])
-    source = re.sub("256|1024|2048", "9", snippet("def cost("))
-    exec(source.replace("in rows:", "in rows[:3]:"), {})
-    head, first, *rows = capsys.readouterr().out.splitlines()
-    assert head in README and [row.split()[2] for row in rows] == ["64", "9"]
-    assert re.fullmatch(r" +100 +16 +16 +[\d.]+ s +[\d.]+ s +[\d.]+ GiB", first)
+def test_readme_snippets_print_what_the_readme_says(capsys):
+    exec(snippet("mask = torch.tensor"), {})
+    assert f"It prints `{capsys.readouterr().out.strip()}`" in README
+    exec(snippet("def show("), {})
+    lines = capsys.readouterr().out.splitlines()
+    found = {line[:20].strip(): [float(value) for value in line[20:].split()] for line in lines}
+    for name, column in ("token reward", 2), ("DPO gradient", 6), ("T-REG gradient", 7):
+        assert found[name] == EXAMPLE[column].flatten().tolist(), name
+    assert found["weight"] == [0.2] and found["factor"] == [1.2, 0.875, 0.85, 1.1]
 
 
 def test_readme_conversation(at_place, capsys):
@@ -2815,12 +2738,9 @@ def test_trl_recipe_has_the_losses_of_train(algorithm, beta, gamma, at_place, mo
 
 def gradient(alpha, hat=None, loss=treg.treg_loss):
     """∂L/∂log π in README.md's example: chosen 1, chosen 2, rejected 1, rejected 2."""
-    table = re.findall(r"^\| (?:chosen|rejected) \d \|(.*)\|$", README, re.M)
-    columns = [[float(cell.replace("−", "-")) for cell in row.split("|")] for row in table]
-    columns = torch.tensor(columns, dtype=torch.float64).T.reshape(8, 2, 2)
-    hat = columns[2] if hat is None else torch.tensor(hat).double()
-    logps = columns[3].log().requires_grad_()
-    rewards = treg.dpo_rewards(logps, columns[4].log(), torch.ones(2, 2), 0.5)
+    hat = EXAMPLE[2] if hat is None else torch.tensor(hat).double()
+    logps = EXAMPLE[3].log().requires_grad_()
+    rewards = treg.dpo_rewards(logps, EXAMPLE[4].log(), torch.ones(2, 2), 0.5)
     loss(*rewards.chunk(2), *hat.chunk(2), alpha)[0].backward()
     return logps.grad.flatten()
 
@@ -2855,18 +2775,6 @@ def test_exercises_come_out_as_the_readme_says():
         assert factors.tolist() == pytest.approx([1.2, 0.875, 0.85, 1.1]), "8"
 
 
-def test_exercises_with_the_tiny_model(at_place):
-    said = done("--data", "few.jsonl", "--check-prompts", "--prompts", "mine.json")
-    shares = re.findall(r"(answer|mine.json): pair accuracy (\S+)", said)
-    assert sum(float(share) for _, share in shares) == pytest.approx(1, abs=2e-3), "7"
-    model, tokenizer = treg.load_model("DIR")
-    pairs = treg.annotate(model, tokenizer, treg.load_pairs("few.jsonl", "test"))
-    each = [treg.credit_auroc(r.token_rewards[:-1], r.good[:-1]) for r in treg.sides(pairs)]
-    each = [value for value in each if not math.isnan(value)]
-    metrics, _ = treg.evaluate(model, tokenizer, pairs)
-    assert sum(each) / len(each) == pytest.approx(metrics["token_reward_auroc"]), "9"
-
-
 def test_what_the_readme_names_exists():
     graded = re.search(r"functions that it defines \((.*?)\)", README, re.S)[1]
     functions = re.findall(r"^\|.*?\| `(\w+)`", README, re.M) + re.findall(r"`(\w+)`", graded)
@@ -2882,43 +2790,189 @@ def test_what_the_readme_names_exists():
         assert anchor in [re.sub(r"[^\w-]", "", head) for head in heads], anchor
 
 
-def test_recipe_of_the_real_model_judges_and_runs_at_its_smallest(at_place, capsys):
-    source = snippet("KINDS = {")
-    assert source.count("\n") <= 40
-    source = re.sub('"""bread .*?"""', '"""bread rivers cats tea salt maps"""', source, flags=re.S)
-    exec(source.partition("model, tokenizer =")[0], space := {})
-    answers = {
-        "exactly three facts": ("- a\n- b\n- c", "- a\n- b"),
-        "ends with the word today": ("Bread is made today.", "Today bread is made."),
-        "begins with the word People": ("People eat bread.", "All People eat bread."),
-        "fewer than twelve words": ("a " * 11, "a " * 12),
-        "word old and not": ("An old bread.", "An old bread, a new bread."),
-        "JSON object": ('{"name": "bread", "use": "food"}', '{"name": "bread"}'),
-        "without the word the": ("Bread is food.", "The bread is food."),
-        "number in digits": ("2 loaves", "two loaves"),
-    }
-    assert len(answers) == len(space["KINDS"])
-    for words, (right, wrong) in answers.items():
-        [prompt] = [prompt for prompt in space["RIGHT"] if "bread" in prompt and words in prompt]
-        pair = treg.read_pair({"prompt": prompt, "chosen": "a", "rejected": "b"})
-        assert [space["judge"](pair, text) for text in (right, wrong)] == [1, 0], prompt
-    # this model follows no instruction: let a coin decide
-    start = source.index("return float(bool(")
-    source = source[:start] + "return float(len(text) % 2)" + source[source.index("\n", start) :]
-    exec(source.replace("names}, 3)", "names}, 1)"), {})
-    assert "SimPO-REG" in capsys.readouterr().out
-    exec(snippet("BLAME = {"), {})
-    rows = [json.loads(line) for line in Path("blamed.jsonl").read_text("utf-8").splitlines()]
-    assert {len(row) for row in rows} == {6} and {row["split"] for row in rows} == {"train"}
-    exec(snippet("BLAME = {").partition("with open")[0], space := {})
-    found = re.search(space["BLAME"]["fewer than twelve"], " ".join("abcdefghijklmn"))
-    assert found[1] == "l m n", "the twelfth word and all after it"
+# ----------------------------------------------------------------- 13 the experiments of README.md
+# What README.md shows beyond a run of treg.py: `python test_treg.py` with the name of one of these
+# functions and its arguments.
 
 
-# ----------------------------------------------------------------------- 13 the map of README.md
-# No tests: `python test_treg.py map FOLDER` makes the map of "Does it work?", and goes on where it
-# was stopped. Here an answer is K sentences of the tiny world, and a preference says which of two
-# has fewer wrong words: the longer the answers, the less it says of each word.
+def picture(epochs=23):
+    """r̂ of a held-out response, and what DPO and DPO-REG have learned of it from 40 pairs: bars."""
+    torch.set_num_threads(1)
+    splits = treg.load_splits(treg.TINY_DATA)
+    model, tokenizer = treg.make_tiny(splits["warmup"], seed=0)
+    pairs = treg.annotate(model, tokenizer, splits["train"][:40], alpha=1.0)
+    wrong = next(pair for pair in splits["test"] if pair.chosen.errors)
+    layers = [treg.annotate(model, tokenizer, [wrong], alpha=1.0)[0]]
+    for alpha in (0.0, 1.0):  # DPO, DPO-REG
+        policy = copy.deepcopy(model)
+        treg.train(policy, pairs, alpha=alpha, epochs=epochs, lr=2e-4)
+        layers += treg.evaluate(policy, tokenizer, layers[:1], alpha=alpha)[1]
+
+    def bar(value, full):
+        cells = "█" * min(6, round(6 * abs(value) / full))
+        return f"{value:+6.2f} " + (f"{cells:>6}│      " if value < 0 else f"      │{cells:<6}")
+
+    print(f"{'rejected':11}{'r̂':20} {'learned by DPO':20} learned by DPO-REG")
+    hat, dpo, reg = (pair.rejected for pair in layers)
+    for i, text in enumerate(treg.token_texts(tokenizer, hat.ids.tolist())):
+        text = text.strip() if hat.good[i] else f"[{text.strip()}]"
+        values = hat.token_rewards[i].item(), dpo.credit[i].item(), reg.credit[i].item()
+        print(" ".join([f"{text:9}", *map(bar, values, (0.5, 1, 1))]).rstrip())
+
+
+# An instruction, and a pattern that an answer has which follows it.
+BULLET = r"^\s*([-*•]|\d+[.)]) "
+RULES = {
+    "List exactly three facts about {} as bullet points.": (
+        rf"(?ms)\A(?!(.*?{BULLET}){{4}})(.*?{BULLET}){{3}}"
+    ),
+    "Write one sentence about {} that ends with the word today.": r"\btoday\W*$",
+    "Write one sentence about {} that begins with the word People.": r"^People\b",
+    "Tell me about {} in fewer than twelve words.": r"^(\S+(\s+\S+){0,10})?$",
+    "Write one sentence about {} that contains the word old and not the word new.": (
+        r"(?s)^(?!.*\bnew\b).*\bold\b"
+    ),
+    'Describe {} as a JSON object with the keys "name" and "use".': (
+        r'\{\s*"name":\s*"[^"]*",\s*"use":\s*"[^"]*"\s*\}'
+    ),
+    "Write one sentence about {} without the word the.": r"(?is)^(?!.*\bthe\b).",
+    "Write one sentence about {} that contains a number in digits.": r"\d",
+}
+BLAMED = {  # words of an instruction, and the words of an answer that break it
+    "without the word the": r"(?i)\b(the)\b",
+    "not the word new": r"\b(new)\b",
+    "fewer than twelve": r"(?s)^\s*(?:\S+\s+){11}(.+)",
+}
+TOPICS = """
+bread rivers winter cats music gardens trains maps honey chess rain books horses tea bridges sleep
+paper apples dogs mountains clocks salt ships birds wool shoes fire milk sand bees windows coffee
+snow lamps wheels soup cows glass tents coins forests kites boats roses
+"""
+OWN_PROMPTS = {
+    "better": "{prompt}\n\nFollow the instruction to the letter.",
+    "worse": "{prompt}\n\nBreak the instruction in a way that is easy to see.",
+}
+
+
+def follows(pair, text):
+    """The judge: does the text do what the pair's prompt asks for? -> 1.0 or 0.0."""
+    asked = pair.prompt[-1]["content"]
+    [rule] = [rule for kind, rule in RULES.items() if re.fullmatch(kind.format(r"\w+"), asked)]
+    return float(bool(re.search(rule, text.strip())))
+
+
+def on_policy(model, topics):
+    """-> rows of data: of four answers of the model to each instruction the best and the worst."""
+    model, tokenizer = treg.load_model(model)
+    prompts = [kind.format(topic) for topic in topics for kind in RULES]
+    asked = [treg.read_pair({"prompt": p, "chosen": "a", "rejected": "b"}) for p in prompts]
+    four = [pair for pair in treg.encode(tokenizer, asked) for _ in range(4)]
+    texts, rows = treg.sample(model, tokenizer, four, seed=0, more=46), []
+    for i, pair in enumerate(asked):
+        split = (["train"] * 25 + ["validation"] * 6 + ["test"] * 13)[44 * i // len(asked)]
+        answers = texts[4 * i : 4 * i + 4]
+        worst, *_, best = sorted(answers, key=lambda text: follows(pair, text))
+        if split != "train" or follows(pair, worst) < follows(pair, best):
+            row = {"split": split, "prompt": prompts[i], "chosen": best, "rejected": worst}
+            for side in ("chosen", "rejected"):
+                row[f"{side}_errors"] = [
+                    match.span(1)
+                    for words, pattern in BLAMED.items()
+                    for match in re.finditer(pattern, row[side])
+                    if words in prompts[i]
+                ]
+            rows.append(row)
+    return rows
+
+
+def real(model, folder, topics=TOPICS, seeds=3):
+    """A real model on instructions that a pattern can check; a run that was stopped goes on."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data, blamed, own = (folder / name for name in ("on_policy.jsonl", "blamed.jsonl", "own.json"))
+    if not data.exists():
+        rows = on_policy(model, topics.split())
+        treg.write(data, [{k: v for k, v in row.items() if "errors" not in k} for row in rows])
+        about = [row for row in rows if any(words in row["prompt"] for words in BLAMED)]
+        treg.write(blamed, [row | {"split": "train"} for row in about])
+        treg.write(own, OWN_PROMPTS)
+
+    def compared(name, split, variants, seeds):
+        out, listed = folder / name, folder / f"{name}.json"
+        treg.write(listed, variants)
+        about = {"model": model, "data": str(data), "variants": str(listed), "out": str(out)}
+        about |= {"split": split, "compare": seeds, "batch_size": 4, "draws": 2}
+        begun = (out / "settings.json").exists()
+        treg.run(treg.Settings(**({"resume": str(out)} if begun else about)), follows)
+        return history(out, "compare.jsonl")
+
+    rates = itertools.product(("dpo", "simpo"), (1e-5, 3e-5, 1e-4))
+    tuning = {f"{of} {lr:g}": {"algorithm": of, "alpha": 0, "lr": lr} for of, lr in rates}
+    tuned = sorted(compared("tune", "validation", tuning, 1), key=lambda result: result["score"])
+    best = {of["algorithm"]: tuning[of["variant"]]["lr"] for of in tuned}  # the last is the best
+    names = "DPO", "DPO-REG", "SimPO", "SimPO-REG", "shuffled", "swapped"
+    variants = {name: treg.VARIANTS[name] for name in names}
+    variants = {name: of | {"lr": best[of["algorithm"]]} for name, of in variants.items()}
+    compared("final", "test", variants, seeds)
+    treg.run(treg.Settings(model=model, data=str(blamed), prompts=str(own), check_prompts=True))
+
+
+def cost(layers, width, most, *flags):
+    """Seconds and memory of a Llama of random weights, by pairs, length of prompt and of response.
+
+    Flags are treg.py's. With README.md's trl_treg.py in this folder the seconds of TRL's training
+    by plain DPO too, layers checkpointed (its default) and not.
+    """
+    folder, wide, most = Path(tempfile.mkdtemp()), int(width), int(most)
+    data, few = folder / "pairs.jsonl", min(most, 16)
+    sizes = {"hidden_size": wide, "intermediate_size": 11 * wide // 4, "vocab_size": 8192}
+    sizes |= {"num_attention_heads": wide // 32, "num_hidden_layers": int(layers)}
+    config = transformers.LlamaConfig(**sizes, max_position_embeddings=8192)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    treg.tiny_tokenizer(treg.load_splits(treg.TINY_DATA)["warmup"]).save_pretrained(folder)
+
+    def text(tokens):
+        return "".join(random.choices([" red", " blue", " gold", " stone", " paper"], k=tokens))
+
+    def ran(*argv):
+        subprocess.run([sys.executable, *map(str, argv)], check=True, capture_output=True)
+
+    def ours():
+        out = Path(tempfile.mkdtemp())
+        about = ["--model", folder, "--data", data, "--max-length", 8192, "--holdout", 0]
+        ran(treg.__file__, *about, "--out", out, *flags)
+        s = json.loads((out / "summary.json").read_text())
+        spent = f"{s['annotate_seconds']:8.1f} s{s['train_seconds']:8.1f} s"
+        return spent + f"{(s['peak_memory_bytes'] or math.nan) / 2**30:7.2f} GiB"
+
+    def trls(checkpointed):
+        out = tempfile.mkdtemp()
+        about = {"model": folder, "data": data, "alpha": 0, "output_dir": out}
+        about |= {"per_device_train_batch_size": 8, "save_strategy": "no"}
+        about |= {"dataloader_drop_last": False, "bf16": "bf16" in flags}
+        about |= {"use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": checkpointed}
+        ran("trl_treg.py", *[f"--{name}={value}" for name, value in about.items()])
+        state = json.loads(Path(out, "trainer_state.json").read_text())
+        return f"{state['log_history'][-1]['train_runtime']:.1f} s"
+
+    print(" pairs  prompt  response  annotate     train      peak")
+    rows = [(n, 16, 16) for n in (100, 1000, 10000) if n <= most]
+    rows += [(few, 64, n) for n in (64, 256, 1024, 2048)] + [
+        (few, n, 64) for n in (256, 1024, 2048)
+    ]
+    for pairs, *lengths in rows:
+        prompt, response = lengths
+        sides = {"prompt": prompt, "chosen": response, "rejected": response}
+        treg.write(data, [{k: text(n) for k, n in sides.items()} for _ in range(pairs)])
+        line = f"{pairs:6}{prompt:8}{response:10} {ours()}"
+        if Path("trl_treg.py").exists():
+            line += f"  TRL: {trls(True)}, {trls(False)}"
+        print(line, flush=True)
+
+
+# The map of "Does it work?" goes on where it was stopped. Here an answer is K sentences of the tiny
+# world, and a preference says which of two has fewer wrong words: the longer the answers, the less
+# it says of each word.
 #
 # What T-REG's claim predicts, written down before the map was run. Gain: the share of sampled
 # sentences without an error, minus that of tuned DPO, over the same seeds and prompts.
@@ -3061,31 +3115,11 @@ def rank_test(x, y, times=10_000):
     return found, (1 + sum(one >= found - 1e-12 for one in random_ones)) / (times + 1)
 
 
-def scatter(points, width=60, height=10):
-    """-> lines of text: (x, y, mark) on axes from the least to the largest value and 0."""
-    xs, ys = [0, *(p[0] for p in points)], [0, *(p[1] for p in points)]
-    grid = [[" "] * (width + 1) for _ in range(height + 1)]
-
-    def place(x, y):
-        across = (x - min(xs)) / (max(xs) - min(xs) or 1) * width
-        return round((max(ys) - y) / (max(ys) - min(ys) or 1) * height), round(across)
-
-    grid[place(0, 0)[0]] = ["-"] * (width + 1)
-    for x, y, mark in points:
-        row, column = place(x, y)
-        grid[row][column] = mark
-    lines = ["".join(row).rstrip() for row in grid]
-    lines[0] = f"{max(ys):+.2f} |{lines[0]}"
-    lines[-1] = f"{min(ys):+.2f} |{lines[-1]}"
-    lines[1:-1] = [f"      |{line}" for line in lines[1:-1]]
-    return [*lines, f"       {min(xs):<{width // 2}.2f}{max(xs):>{width // 2 + 1}.2f}"]
-
-
 def make_map(folder, lengths=MAP_LENGTHS, sizes=MAP_SIZES, seeds=8, heldout=150, warm_steps=2000):
-    """Run, or finish, all cells; print the map, its test and its plot. -> the cells, dicts."""
+    """Run, or finish, all cells; print the map and its test. -> the cells, dicts."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     each = 2 * (len(RATES) + len(BETAS)) + seeds * len(MAP_VARIANTS)
-    cells, points = [], []
+    cells = []
     with treg.bar(total=len(lengths) * len(sizes) * each, desc="map", unit=" runs") as done:
         for k in lengths:
             runs = Runs(folder, k, max(sizes), heldout, warm_steps, done)
@@ -3117,12 +3151,9 @@ def make_map(folder, lengths=MAP_LENGTHS, sizes=MAP_SIZES, seeds=8, heldout=150,
             mean, _, high = cell[name]
             line += f"{mean:+.3f}±{high - mean:.3f}".rjust(14)
         print(line)
-        points.append((1 - cell["credit"], cell["α = 1 perfect"][0], str(cell["k"])))
-    opened, gains, _ = zip(*points, strict=True)
-    rho, p = rank_test(opened, gains)
+    opened = [1 - cell["credit"] for cell in cells]
+    rho, p = rank_test(opened, [cell["α = 1 perfect"][0] for cell in cells])
     print(f"\nrank correlation of gain (α = 1) and open credit {rho:+.2f}, p = {p:.4f}")
-    print("\ngain of α = 1 (up) against 1 − credit AUROC of DPO (right); a mark is its K")
-    print("\n".join(scatter(points)))
     return cells
 
 
@@ -3172,6 +3203,55 @@ def test_rank_correlation_by_hand():
     assert rho == pytest.approx(0.8) and p == pytest.approx(4 / 24, abs=0.015)
 
 
-if __name__ == "__main__" and sys.argv[1:2] == ["map"]:
+@pytest.mark.parametrize(
+    "words, right, wrong",
+    [
+        ("exactly three facts", "- a\n- b\n- c", "- a\n- b"),
+        ("exactly three facts", "Facts:\n\n1. a\n2. b\n3. c", "- a\n- b\n- c\n- d"),
+        ("ends with the word today", "Bread is made today.", "Today bread is made."),
+        ("begins with the word People", "People eat bread.", "All People eat bread."),
+        ("fewer than twelve words", "a " * 11, "a " * 12),
+        ("word old and not", "An old\nbread.", "An old bread,\na new bread."),
+        ("JSON object", '{"name": "bread", "use": "food"}', '{"name": "bread"}'),
+        ("without the word the", "Bread is food.", "Bread is\nthe best."),
+        ("number in digits", "2 loaves", "two loaves"),
+    ],
+)
+def test_the_judge_of_the_real_model_by_hand(words, right, wrong):
+    [asked] = [kind.format("bread") for kind in RULES if words in kind]
+    pair = treg.read_pair({"prompt": asked, "chosen": "a", "rejected": "b"})
+    assert (follows(pair, right), follows(pair, wrong)) == (1, 0)
+
+
+def test_the_experiments_run_at_their_smallest(at_place, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(treg, "TINY_DATA", "few.jsonl")
+    picture(epochs=1)
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head in README.splitlines()
+    assert any("│█" in line for line in lines) and any("[" in line for line in lines)
+
+    coin = lambda pair, text: float(len(text) % 2)  # noqa: E731  the model follows no instruction
+    monkeypatch.setattr(sys.modules[__name__], "follows", coin)
+    real("DIR", tmp_path, topics="bread rivers cats tea salt maps", seeds=1)
+    said = capsys.readouterr().out
+    assert "SimPO-REG" in said and "prompts own.json" in said.replace(f"{tmp_path}/", "")
+    rows = history(tmp_path, "blamed.jsonl")
+    assert {row["split"] for row in rows} == {"train"} and any(row["chosen_errors"] for row in rows)
+    real("DIR", tmp_path, seeds=1)
+    assert capsys.readouterr().out.count("this run is finished") == 2
+
+    monkeypatch.setattr(subprocess, "run", lambda argv, **_: done(*argv[2:]))
+    cost(1, 32, 100, "--batch-size", 50, "--max-pairs", 8)
+    head, first, *rows = capsys.readouterr().out.splitlines()
+    assert head in README and [row.split()[2] for row in rows][:3] == ["64", "256", "1024"]
+    assert re.fullmatch(r" +100 +16 +16 +[\d.]+ s +[\d.]+ s +[\d.]+ GiB", first)
+    found = re.search(BLAMED["fewer than twelve"], " ".join("abcdefghijklmn"))
+    assert found[1] == "l m n", "the twelfth word and all after it"
+
+
+if __name__ == "__main__":
+    experiments = {"picture": picture, "real": real, "map": make_map, "cost": cost}
+    if len(sys.argv) < 2 or sys.argv[1] not in experiments:
+        sys.exit(f"python test_treg.py {'|'.join(experiments)} …: see README.md")
     transformers.logging.set_verbosity_error()
-    make_map(sys.argv[2], **({"lengths": [int(k) for k in sys.argv[3:]]} if sys.argv[3:] else {}))
+    experiments[sys.argv[1]](*sys.argv[2:])

@@ -51,7 +51,6 @@ import math
 import os
 import re
 import shutil
-import statistics
 import sys
 import textwrap
 import time
@@ -67,16 +66,14 @@ from typing import Literal, get_args, get_origin
 if __name__ == "__main__":  # what follows takes some seconds
     print("loading …", file=sys.stderr)
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of a notebook without widgets
+    warnings.simplefilter("ignore")  # tqdm complains in a notebook without ipywidgets
     from tqdm.auto import tqdm
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
-from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
@@ -138,6 +135,10 @@ def token_rewards(better_logps, worse_logps, mask):
 # ----------------------------------------------------------------- 3 implicit rewards and the loss
 # From the log-probs of the policy in training to its implicit token rewards r (one function for
 # each algorithm), and from r and r̂ to the loss of a pair (the same lines for every algorithm).
+#
+# Why a log-ratio is a reward: the policy that maximises a reward, less β times its divergence from
+# π_ref, has β log(π / π_ref) = reward, up to a term of the prompt alone. So any policy implies a
+# reward. It is a sum over tokens, and r_t is one summand.
 
 
 def dpo_rewards(logps, ref_logps, mask, beta):
@@ -252,16 +253,18 @@ def say(text, file=None):
 # Rows that begin alike share their beginning: it is computed once. The prompt "Name a bird." with
 # the responses "A crow." and "A bat." becomes a tree, written depth first into one row of nodes:
 #
-#     node       0      1    2       3    4       5
-#     token      Name   a    bird.   A    crow    bat
-#     position   0      1    2       3    4       4       what the model takes for its place
-#     end        6      6    6       6    5       6       one past the last descendant
-#     predicts                A       crow .       .       of each response
-#                             A       bat
+#     node       0      1    2       3          4      5
+#     token      Name   a    bird.   A          crow   bat
+#     position   0      1    2       3          4      4      its place in its own row
+#     end        6      6    6       6          5      6      one past its last descendant
+#     predicts               A, A    crow, bat  .      .      a token of each response
 #
 # A node attends to its ancestors and to itself, and node i is an ancestor of j if i < j < end of i.
 # So "bat" does not see "crow" (4 < 5, but end of 4 is 5). The last token of a response is
 # predicted and never read: nothing follows it.
+
+
+LARGE_TREE = 512  # nodes; in a smaller one attention costs less than its branches' many calls
 
 
 def depth_first(rows):
@@ -280,6 +283,60 @@ def depth_first(rows):
         paths.append(path)
         before = row
     return ids, positions, ends, paths
+
+
+class TreeMask(torch.Tensor):
+    """The attention mask of a tree; with it PyTorch's attention is computed branch by branch.
+
+    A node sees the stem, which is all nodes before the first fork, and its own branch. The rest of
+    the square of nodes × nodes is masked, and in a long row most of the work would go there. A
+    model that has an attention of its own takes it for any other mask.
+    """
+
+    @classmethod
+    def of(cls, mask, ends):
+        """A mask (1, 1, N, N) and one past the last descendant of each node."""
+        mask = mask.as_subclass(cls)
+        mask.ends = ends
+        return mask
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        mask = next((each for each in (*args, *kwargs.values()) if isinstance(each, cls)), None)
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is F.scaled_dot_product_attention and len(args) == 3:
+                return attend_by_branch(mask.ends, *args, **kwargs)
+            result = function(*args, **kwargs)
+            # what is made of all of it, a copy or another dtype, is such a mask too
+            same = isinstance(result, torch.Tensor) and mask is not None
+            return cls.of(result, mask.ends) if same and result.shape == mask.shape else result
+
+
+def attend_by_branch(ends, query, key, value, attn_mask, **options):
+    """scaled_dot_product_attention of a tree, (…, N, size of a head) × 3 -> the same."""
+    nodes = len(ends)
+    stem = next((node for node, end in enumerate(ends) if end < nodes), nodes)
+
+    def attend(start, end, before):
+        """What the nodes from start to end see of themselves and of the first nodes."""
+
+        def seen(tensor, dim):
+            own = tensor.narrow(dim, start, end - start)
+            return torch.cat([tensor.narrow(dim, 0, before), own], dim) if before else own
+
+        mask = seen(attn_mask.narrow(-2, start, end - start), -1)
+        own_query = query.narrow(-2, start, end - start)
+        return F.scaled_dot_product_attention(
+            own_query, seen(key, -2), seen(value, -2), attn_mask=mask, **options
+        )
+
+    parts = [attend(0, stem, 0)] if stem else []
+    start = stem
+    while start < nodes:
+        parts.append(attend(start, ends[start], stem))
+        start = ends[start]
+    return torch.cat(parts, -2)
 
 
 class TokenLogps(torch.autograd.Function):
@@ -321,8 +378,10 @@ def one_pass(model, prompts, responses):
         node, end = tensor(range(len(ids))), tensor(ends)
         sees = (node <= node[:, None]) & (node[:, None] < end)
         # numbers, not booleans: some architectures add the mask to the scores
-        mask = torch.where(sees, 0.0, torch.finfo(torch.float32).min)
-        inputs |= {"attention_mask": mask[None, None], "position_ids": tensor([positions])}
+        mask = torch.where(sees, 0.0, torch.finfo(torch.float32).min)[None, None]
+        if len(ids) >= LARGE_TREE:
+            mask = TreeMask.of(mask, ends)
+        inputs |= {"attention_mask": mask, "position_ids": tensor([positions])}
     # the output head is most of a small model: it runs only where a response token is predicted
     sources, targets = tensor(sources), tensor(targets)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA's wrapper
@@ -346,12 +405,12 @@ def response_logps(model, prompts, responses):
     else:
         pairs = zip(prompts, responses, strict=True)
         logps = [one_pass(model, [prompt], [response])[0] for prompt, response in pairs]
-    mask = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in logps]
+    mask = [torch.ones_like(row, dtype=torch.bool) for row in logps]
     return pad_sequence(logps, batch_first=True), pad_sequence(mask, batch_first=True)
 
 
 def full_attention(model, length):
-    """Does every layer attend to all earlier tokens, whatever else is in the row, and to no state?
+    """Is every layer plain causal attention, so that a mask can hide one response from another?
 
     Read from the architecture, for rows of at most length tokens; when in doubt, False.
     """
@@ -391,9 +450,9 @@ def sharing_is_exact(model, prompts, responses):
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, AssertionError, AttributeError):
         return False  # a model that takes no such mask or positions
-    # two rows tell: the longest, of a window; the last in the tree, of all that it must not see
-    longest, last = max(rows, key=len), max(rows)
-    telling = sorted({rows.index(longest), rows.index(last)})
+    # two rows are enough: the longest would notice a window, and the last in the tree a response
+    # that it must not see
+    telling = {rows.index(max(rows, key=len)), rows.index(max(rows))}
     for row in bar(telling, desc="check sharing", unit=" rows"):
         [alone] = one_pass(model, [prompts[row]], [responses[row]])
         # rounding moves log-probs by 1e-5, a response that sees another by 1e-2 and more
@@ -422,7 +481,7 @@ class Response:
     # set by annotate
     ref_logps: torch.Tensor | None = None  # (T,) float32: log π_ref
     token_rewards: torch.Tensor | None = None  # (T,) float32: r̂
-    # set by evaluate
+    # set by measure
     credit: torch.Tensor | None = None  # (T,) float32: learned credit, log π − log π_ref
 
     @property
@@ -440,8 +499,9 @@ class Pair:
     where: str = ""  # file and line, for messages
     tools: list | None = None  # function descriptions for the chat template
     answers: list | None = None  # accepted answers, for exact match
-    # set by evaluate
+    # set by measure
     correct: float | None = None  # 1 if the chosen response has the higher reward, a tie is ½
+    # set by evaluate
     samples: list = field(default_factory=list)  # responses drawn from the model
     score: float | None = None  # mean judgement of the samples
 
@@ -493,8 +553,7 @@ def packs(pairs, limit):
     """Cut pairs into groups of about limit tokens, one for each forward pass."""
     pack, tokens = [], 0
     for pair in pairs:
-        chosen, rejected = pair.chosen, pair.rejected
-        length = len(chosen.prompt_ids) + len(chosen.ids) + len(rejected.ids)
+        length = len(pair.chosen.prompt_ids) + len(pair.chosen.ids) + len(pair.rejected.ids)
         if pack and tokens + length > limit:
             yield pack
             pack, tokens = [], 0
@@ -518,7 +577,7 @@ def policy_logps(model, pairs, dtype):
 def scored_rows(pair):
     """All rows that are scored for a pair. -> [(ids of a prompt, ids of a response)], as lists."""
     rows = []
-    for response in (pair.chosen, pair.rejected):
+    for response in sides([pair]):
         for prompt in (response.prompt_ids, response.better_ids, response.worse_ids):
             if prompt is not None:
                 rows.append((prompt.tolist(), response.ids.tolist()))
@@ -538,22 +597,25 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     reward_model: π_eval, a language model with the same tokenizer; by default the model itself.
     settings, changes: it uses prompts, token_rewards, alpha, dtype, max_length, pass_tokens and
     seed. What r̂ becomes, by token_rewards:
-        contrastive, shuffled, swapped   from the contrastive prompts; 0, and none is read, if alpha
-                                         is 0
-        sft                              1 on the chosen response, 0 on the rejected; none is read
-        dpo                              as contrastive: compare replaces it after training by DPO
+        contrastive   from the contrastive prompts
+        shuffled      the same, permuted within each response
+        swapped       the same, with the other sign
+        sft           1 on the chosen response, 0 on the rejected
+        dpo           as contrastive; compare replaces it
+    With sft, or if alpha is 0, no contrastive prompt is read; if alpha is 0 the others are 0.
     """
     s = resolve(settings, model, **changes)
     contrastive = s.alpha > 0 and s.token_rewards != "sft"
     if any(pair.chosen.ids is None for pair in pairs):
-        pairs = encode(
-            tokenizer, pairs, read_prompts(s.prompts) if contrastive else None, s.max_length
-        )
+        style = read_prompts(s.prompts) if contrastive else None
+        pairs = encode(tokenizer, pairs, style, s.max_length)
     ready = not contrastive or all(pair.chosen.better_ids is not None for pair in pairs)
     need(ready, "the pairs are encoded without contrastive prompts; give encode a style")
+    if not pairs:
+        return []
     pairs = [copied(pair) for pair in pairs]
     scorer = reward_model or model
-    for each in {model, scorer} if pairs else ():
+    for each in {model, scorer}:
         # not known yet, or True for the rows of an earlier call; once False it stays False
         if getattr(each, "shares_prompts", True):
             rows = scored_rows(max(pairs, key=longest_row))  # what goes wrong grows with length
@@ -567,19 +629,19 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
             responses = sides(pack)
             # in the precision of training: before the first step log π − log π_ref is to be 0
             ref_logps, mask = policy_logps(model, pack, s.dtype)
-            hats = torch.zeros_like(ref_logps)
+            unstacked(responses, "ref_logps", ref_logps)
             if contrastive:
                 prompts = id_lists(responses, "better_ids") + id_lists(responses, "worse_ids")
                 # float32 always: σ of a bfloat16 error is an error
                 logps, _ = response_logps(scorer, prompts, id_lists(responses, "ids") * 2)
-                hats = token_rewards(*logps.chunk(2), mask)
-            unstacked(responses, "ref_logps", ref_logps)
-            unstacked(responses, "token_rewards", hats)
+                unstacked(responses, "token_rewards", token_rewards(*logps.chunk(2), mask))
             done.update(len(pack))
+
+    def finite(response):
+        return (response.ref_logps + response.token_rewards).isfinite().all()
+
     # a token of probability 0 makes a loss that is not finite
-    finite = [(r.ref_logps + r.token_rewards).isfinite().all() for r in sides(pairs)]
-    both = zip(pairs, finite[: len(pairs)], finite[len(pairs) :], strict=True)
-    kept = [pair for pair, chosen, rejected in both if chosen and rejected]
+    kept = [pair for pair in pairs if all(map(finite, sides([pair])))]
     if len(kept) < len(pairs):
         say(f"{len(pairs) - len(kept)} pairs dropped: the model gives a token probability 0")
     return kept if s.token_rewards == "dpo" else change_rewards(kept, s.token_rewards, s.seed)
@@ -596,7 +658,7 @@ def change_rewards(pairs, kind, seed):
     pairs = [copied(pair) for pair in pairs]
     # pair by pair, so that the first pairs come out the same however many follow
     for pair in pairs:
-        for response in (pair.chosen, pair.rejected):
+        for response in sides([pair]):
             hat = response.token_rewards
             if kind == "sft":
                 response.token_rewards = torch.full_like(hat, response is pair.chosen)
@@ -614,9 +676,10 @@ def change_rewards(pairs, kind, seed):
 
 
 def losses(model, pairs, s):
-    """-> (loss (B,), {metric: values (B,)}, learned credit log π − log π_ref (2B, T)).
+    """-> (loss (B,), {metric: values (B,)}, learned credit (2B, T)).
 
-    Rows of the credit are the chosen responses, then the rejected ones.
+    The learned credit of a token is log π − log π_ref: how much likelier training has made it. For
+    DPO it is r_t / β. Its rows are the chosen responses, then the rejected ones.
     """
     logps, mask = policy_logps(model, pairs, s.dtype)
     responses = sides(pairs)
@@ -626,21 +689,18 @@ def losses(model, pairs, s):
     # an algorithm is its implicit token rewards; all that follows is the same
     if s.algorithm == "dpo":
         rewards = dpo_rewards(logps, ref_logps, mask, s.beta)
-    elif s.algorithm == "simpo":
-        rewards = simpo_rewards(logps, mask, s.beta)
     else:
-        raise ValueError(f"no such algorithm: {s.algorithm!r}")
+        rewards = simpo_rewards(logps, mask, s.beta)
     loss, margin = treg_loss(*rewards.chunk(2), *hats.chunk(2), s.alpha, s.gamma, s.weighting)
 
     weight = torch.sigmoid(-margin) if s.weighting == "sequence" else torch.full_like(margin, 0.5)
-    chosen_agreement, rejected_agreement = (rewards * hats).sum(-1).chunk(2)
     chosen_logps, rejected_logps = logps.sum(-1).chunk(2)
     metrics = {
         "loss": loss,
         "margin": margin,
         "accuracy": 0.5 + 0.5 * torch.sign(margin + s.gamma),  # which reward is higher; a tie is ½
         "weight": weight,
-        "agreement": chosen_agreement + rejected_agreement,
+        "agreement": sum((rewards * hats).sum(-1).chunk(2)),
         "chosen_logps": chosen_logps,
         "rejected_logps": rejected_logps,
     }
@@ -778,9 +838,8 @@ def load_pairs(source, split="train"):
 
 
 def load_splits(source):
-    """The same for every split. -> {split: pairs}."""
-    splits, bad = {}, []
-    places = {True: [], False: []}  # of the rows with and without a prompt column
+    """All splits of a source, as load_pairs reads them. -> {split: pairs}."""
+    splits, bad, bare = {}, [], []  # bare: the rows without a prompt column
     for where, row in bar(read_rows(str(source)), desc="read", unit=" rows"):
         try:
             if isinstance(row, bytes):
@@ -791,12 +850,12 @@ def load_splits(source):
             bad.append(f"{where}: {error}")
             continue
         pair.where = where
-        prompted = any(given(row, name) is not None for name in PROMPT_COLUMNS)
-        places[prompted].append(where)
+        if all(given(row, name) is None for name in PROMPT_COLUMNS):
+            bare.append(where)
         split = given(row, "split")
         splits.setdefault("train" if split is None else str(split), []).append(pair)
-    if places[True]:
-        bad += [f"{where}: has no prompt column, as other rows have" for where in places[False]]
+    if len(bare) < sum(map(len, splits.values())):
+        bad += [f"{where}: has no prompt column, as other rows have" for where in bare]
     refuse(bad)
     need(splits, f"{source}: holds no rows to use; a row {WANTED}")
     return splits
@@ -821,6 +880,8 @@ def read_rows(source):
         data = data.removeprefix(b"\xef\xbb\xbf")
         if kind == "parquet":
             # not by datasets, which takes brackets in a file's name for a pattern
+            from pyarrow import parquet
+
             rows = parquet.read_table(io.BytesIO(data)).to_pylist()
         elif kind == "csv":
             # by the standard library: every cell stays the text that it is, "NA" and "007" too
@@ -844,7 +905,10 @@ def read_rows(source):
 
 
 def hub_rows(name):
-    """The same for a data set of the hub; its splits are the rows' splits."""
+    """Yield (where, row) for each row of all splits of a data set of the hub."""
+    import datasets  # here, and not above: 80 MB that a run on a file does without
+
+    datasets.disable_progress_bars()
     hint = "see whether the name is right and the hub can be reached"
     with explain(f"--data {name}: no such file, and the hub does not give it", hint):
         splits = datasets.load_dataset(name)
@@ -1010,7 +1074,8 @@ def read_prompt(row):
     need(alike, f"{' and '.join(names)} say different things; take one of them out")
     turns = read_turns(row[names[0]], names[0], "user") if names else []
     if given(row, "input") is not None:
-        need(names[:1] == ["instruction"], "the column input goes with instruction alone")
+        fits = turns and names[:1] == ["instruction"]
+        need(fits, "the column input goes with instruction alone")
         extra = read_text(row["input"], "input")
         turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n\n{extra}"}
     before = []
@@ -1036,7 +1101,7 @@ def agreed(prompt, shared):
     def stripped(messages):
         return [{**message, "content": message["content"].strip()} for message in messages]
 
-    starts = range(len(shared) - len(prompt) + 1) if shared else ()
+    starts = range(len(shared) - len(prompt) + 1)
     if any(stripped(shared[i : i + len(prompt)]) == stripped(prompt) for i in starts):
         return shared
     if prompt[len(prompt) - len(shared) :] == shared:
@@ -1236,7 +1301,7 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
     dropped, cleaned, bad, encoded = Counter(), 0, [], []
     for pair in bar(pairs, desc="encode", unit=" pairs"):
         pair = copied(pair)
-        for response in (pair.chosen, pair.rejected):
+        for response in sides([pair]):
             text = response.text
             while end := re.search(rf"({marks})\s*\Z", text):
                 text = text[: end.start()].rstrip()
@@ -1267,7 +1332,7 @@ def encode_pair(tokenizer, pair, style, max_length, marks):
     texts = [text for message in messages for _, text in said_in(message)]
     if found := re.search(marks, "\n".join(texts)):
         return f"holds {found[0]}, of a chat template; give texts without one"
-    for response in (pair.chosen, pair.rejected):
+    for response in sides([pair]):
         encode_response(tokenizer, pair, response, style)
     chosen, rejected = (r.prompt_ids.tolist() + r.ids.tolist() for r in sides([pair]))
     if chosen == rejected:
@@ -1360,7 +1425,7 @@ def pair_accuracy(pairs):
         [p.chosen.token_rewards.mean() - p.rejected.token_rewards.mean() for p in pairs]
     )
     share = (0.5 + 0.5 * torch.sign(gaps)).mean().item()
-    n, z = len(pairs), statistics.NormalDist().inv_cdf(0.975)
+    n, z = len(pairs), 1.959964  # the normal distribution's 97.5 % quantile
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     scale = 1 + z * z / n
@@ -1428,7 +1493,7 @@ def evaluate(model, tokenizer, pairs, settings=None, judge=None, **changes):
 
     judge: a function of (pair, text), 0 to 1, of which the score is the mean over some responses
     (s.draws) that the model samples for each pair; by default exact match, if all pairs have
-    answers. Without a judge one is drawn for each of the first three pairs, to look at.
+    answers. Without a judge one response is sampled for each of the first three pairs, to look at.
     metrics: accuracy, margin, credit_auroc, token_reward_auroc, score; None where there is none.
     """
     if not pairs:
@@ -1533,7 +1598,7 @@ CURVES = {  # what a figure shows; the second metric is dashed
 
 def escaped(text):
     """Text that HTML shows and does not obey."""
-    return html.escape(visible(text), quote=True)
+    return html.escape(visible(text))
 
 
 def token_box(text, value, scale, error=False):
@@ -1683,7 +1748,7 @@ def tiny_tokenizer(pairs):
     texts = []
     for pair in pairs:
         for style in PROMPTS:
-            for response in (pair.chosen, pair.rejected):
+            for response in sides([pair]):
                 for prompt in contrastive_prompts(pair.prompt, response.text, style):
                     texts += [f"User:\n{prompt[-1]['content']}\n\nAssistant:\n", response.text]
     trainer = trainers.BpeTrainer(
@@ -1750,7 +1815,7 @@ def compare(s, out, judge=None):
     path, kept = out / "compare.jsonl", out / "variants.json"
     variants = read_variants(kept if kept.exists() else s.variants)
     write(kept, variants)
-    write(out / "settings.json", {"settings": asdict(s), "machine": machine()})
+    write(out / "settings.json", {"settings": asdict(s), "machine": machine(s)})
     results = read(path) if path.exists() else []
     done = {(result["seed"], result["variant"]) for result in results}
     seeds = range(s.seed, s.seed + s.compare)
@@ -1764,8 +1829,8 @@ def compare(s, out, judge=None):
         # a model that is loaded is the same for all seeds, the tiny one is made anew for each
         start = f"start-{styles.index(prompts)}" + ("" if s.model else f"-{seed}")
         if start != made:
-            begin = replace(s, seed=seed, prompts=prompts, token_rewards="contrastive")
-            begin = replace(begin, alpha=s.alpha or 1.0)  # with 0 no such prompt would be read
+            # alpha 1: with 0 no contrastive prompt would be read
+            begin = replace(s, seed=seed, prompts=prompts, token_rewards="contrastive", alpha=1.0)
             model, tokenizer, pairs, heldout, _ = prepare(begin, out / start)
             need(heldout, f"{s.data}: --compare needs pairs to evaluate on; see --holdout")
             weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
@@ -1812,7 +1877,7 @@ def interval(differences):
     other prompts too.
 
     Variances by the two-way analysis (seeds, prompts, what is left), degrees of freedom by
-    Satterthwaite. nan with a single seed.
+    Satterthwaite. nan with a single seed or prompt.
     """
     values = np.asarray(differences, dtype=float)
     (seeds, prompts), mean = values.shape, values.mean()
@@ -2209,7 +2274,7 @@ def prepare(s, folder, judge=None):
         before.pop("margin", None)
     summary = {"before": before, **cost}
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "settings.json", {"settings": asdict(s), "machine": machine()})
+    write(folder / "settings.json", {"settings": asdict(s), "machine": machine(s)})
     save_model(model, tokenizer, folder / "reference", end_tokens(pairs))
     state = {
         "pairs": [plain(pair) for pair in pairs],
@@ -2245,7 +2310,7 @@ def load_prepared(s, folder):
 def plain(pair):
     """A pair as plain values, without the contrastive prompts: they have been read."""
     pair = copied(pair)
-    for response in (pair.chosen, pair.rejected):
+    for response in sides([pair]):
         response.better_ids = response.worse_ids = None
     return asdict(pair)
 
@@ -2256,10 +2321,14 @@ def as_pair(values):
     return Pair(**{**values, **responses})
 
 
-def machine():
+def machine(s):
     """What the last digits of a run depend on."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"threads": torch.get_num_threads(), **versions}
+    threads = torch.get_num_threads() if s.model else 1  # the tiny model is computed with one
+    return {
+        "threads": threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def read_settings(folder):
@@ -2269,7 +2338,7 @@ def read_settings(folder):
     content = read(path)
     with loading(path):
         s, then = Settings(**content["settings"]), content["machine"]
-    for name, value in machine().items():
+    for name, value in machine(s).items():
         if value != then.get(name):
             say(f"note: {name} was {then.get(name)} and is {value}: last digits may differ")
     return s
@@ -2384,8 +2453,10 @@ def save_model(model, tokenizer, out, learned):
     ends = settings.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     settings.eos_token_id = ends + [end for end in learned if end not in ends]
-    if settings.temperature not in (None, 1.0) or settings.top_p not in (None, 1.0):
-        settings.do_sample = True  # transformers 4 would not save the contradiction
+    try:
+        settings.validate(strict=True)
+    except ValueError:  # it sets what sampling alone reads, and does not sample: it is not saved
+        settings.do_sample = True
     with saving(out):
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -2408,7 +2479,7 @@ def parse(argv):
         elif get_origin(item.type) is Literal:
             how = {"choices": kinds}
         else:
-            how = {"type": kinds[0], "metavar": {str: "X", int: "N", float: "N"}[kinds[0]]}
+            how = {"type": kinds[0], "metavar": "X" if kinds[0] is str else "N"}
         name = f"--{item.name.replace('_', '-')}"
         group.add_argument(name, default=item.default, help=item.metadata["help"], **how)
     # an error is one line, as all others
@@ -2419,8 +2490,7 @@ def parse(argv):
 def main(argv=None):
     """The command line. -> exit status. In a notebook: main(["--model", …])."""
     transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
     try:
         run(parse(argv))
         return 0
