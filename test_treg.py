@@ -3260,7 +3260,7 @@ def test_the_experiments_run_at_their_smallest(at_place, monkeypatch, tmp_path, 
     rows = history(tmp_path, "blamed.jsonl")
     assert {row["split"] for row in rows} == {"train"} and any(row["chosen_errors"] for row in rows)
     real("DIR", tmp_path, seeds=1)
-    assert capsys.readouterr().out.count("this run is finished") == 2
+    assert capsys.readouterr().out.count("going on after 6 of 6 variants") == 2
 
     monkeypatch.setattr(subprocess, "run", lambda argv, **_: done(*argv[2:]))
     cost(1, 32, 100, "--batch-size", 50, "--max-pairs", 8)
