@@ -884,6 +884,7 @@ CHANGES = [  # what is changed in ROW, how the error goes on after file and line
     ({"input": "1, 2"}, "the column input"),
     ({**NONE, **TEXTS, "input": "Is it?", "system": "s"}, "the column input"),
     ({**NONE, **TEXTS, "instruction": "Add.", "input": 5}, "input must be text"),
+    ({**NONE, **TEXTS, "instruction": [S(" ")], "input": "1"}, "the column input"),
     ({"history": LONGER[:2]}, "history"),
     ({"system": 5}, "system must be text"),
     ({"context": "It is."}, "the column context would not be seen"),
@@ -1585,6 +1586,7 @@ def test_annotate_writes_the_reference_and_the_token_rewards_of_the_contrastive_
     longer[0].chosen.message["content"] *= 100
     kept = treg.annotate(model, tokenizer, longer)
     assert [pair.where for pair in kept] == ["pair 1"], "the model has 512 positions"
+    assert treg.annotate(model, tokenizer, []) == []
     bare = treg.encode(tokenizer, text_pairs(1))
     with pytest.raises(treg.UserError, match="without contrastive prompts"):
         treg.annotate(model, tokenizer, bare)
@@ -2505,6 +2507,9 @@ def test_a_run_goes_on_where_there_are_other_threads_and_no_module_resource(tmp_
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
     runpy.run_path(treg.__file__)
     assert "threads was 99 and is 1" in done("--resume", out)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    threads = [treg.machine(treg.Settings(model=name))["threads"] for name in ("DIR", None)]
+    assert threads == [2, 1], "the tiny model is computed with one"
     assert end_of(out) == end_of(straight())
     assert json.loads((out / "summary.json").read_text())["peak_memory_bytes"] is None
 
