@@ -265,9 +265,6 @@ def say(text, file=None):
 # predicted and never read: nothing follows it.
 
 
-LARGE_TREE = 512  # nodes; in a smaller one attention costs less than its branches' many calls
-
-
 def depth_first(rows):
     """Sorted lists of ids -> (ids, positions, ends) of the nodes, and the nodes of each row."""
     ids, positions, ends, paths = [], [], [], []
@@ -284,6 +281,9 @@ def depth_first(rows):
         paths.append(path)
         before = row
     return ids, positions, ends, paths
+
+
+LARGE_TREE = 512  # nodes; in a smaller one attention costs less than its branches' many calls
 
 
 class TreeMask(torch.Tensor):
@@ -326,10 +326,11 @@ def attend_by_branch(ends, query, key, value, attn_mask, **options):
             own = tensor.narrow(dim, start, end - start)
             return torch.cat([tensor.narrow(dim, 0, before), own], dim) if before else own
 
-        mask = seen(attn_mask.narrow(-2, start, end - start), -1)
-        own_query = query.narrow(-2, start, end - start)
+        own = query.narrow(-2, start, end - start)
+        # contiguous: the kernels of a GPU want aligned rows
+        mask = seen(attn_mask.narrow(-2, start, end - start), -1).contiguous()
         return F.scaled_dot_product_attention(
-            own_query, seen(key, -2), seen(value, -2), attn_mask=mask, **options
+            own, seen(key, -2), seen(value, -2), attn_mask=mask, **options
         )
 
     parts = [attend(0, stem, 0)] if stem else []
