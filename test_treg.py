@@ -1475,12 +1475,13 @@ def test_attention_over_a_large_tree_is_computed_by_branch(checkpointed, monkeyp
 
     With gradient checkpointing a layer is computed again in the backward pass, in the same way.
     """
-    sizes = []
+    sizes, masks = [], []
 
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             if re.search("scaled_dot_product(?!.*backward)", str(operation)):
                 sizes.append((args[0].shape[-2], args[1].shape[-2]))
+                masks.append(kwargs["attn_mask"].data_ptr())
             return operation(*args, **(kwargs or {}))
 
     monkeypatch.setattr(treg, "LARGE_TREE", 6)
@@ -1494,9 +1495,11 @@ def test_attention_over_a_large_tree_is_computed_by_branch(checkpointed, monkeyp
             logps.sum().backward()
     layers = 4 if checkpointed else 2
     assert sizes == [(3, 3), (2, 5), (1, 4)] * layers + [(5, 5)] * layers
+    assert masks[:3] == masks[3:6], "a layer that had its own would keep them for the gradient"
     mask = treg.TreeMask.of(torch.zeros(1, 1, 2, 2), [2, 2])
-    assert mask[:, :, :, :2].to(torch.bfloat16).ends == [2, 2], "all of it, as a library takes it"
-    assert type(mask + torch.zeros(1, 2, 2, 2)) is torch.Tensor, "scores are no mask"
+    assert mask[:, :, :, :2] is mask, "all of it, as transformers 4 takes it"
+    others = mask[:, :, :1], mask + 1, mask + torch.zeros(1, 2, 2, 2)
+    assert {type(other) for other in others} == {torch.Tensor}, "what is made of it is no mask"
 
 
 @pytest.mark.parametrize("kind, bytes_of_width", [("fp32", 84), ("bf16", 57), ("checkpointed", 4)])
@@ -1851,7 +1854,7 @@ def test_the_page_by_hand():
         assert f"rgb({ink} / 0.35)" in box and f'title="{value:+.3f}"' in box and "&lt;a&gt;" in box
         assert ("error" in box) == (value < 0)
     history = [{"step": step, "loss": loss} for step, loss in ((1, 1.0), (2, 2.0), (3, 5.0))]
-    drawn = treg.picture("a title", ["loss", "none"], {"a run": history})
+    drawn = treg.figure("a title", ["loss", "none"], {"a run": history})
     assert 'points="143.3,160.0 226.7,123.8 310.0,15.0"' in drawn and "a run, loss" in drawn
     model, tokenizer, pairs = pencil_world()
     _, pairs = treg.measure(model, pairs[2:], treg.resolve(None, model))
@@ -2828,8 +2831,7 @@ def picture(epochs=23):
     splits = treg.load_splits(treg.TINY_DATA)
     model, tokenizer = treg.make_tiny(splits["warmup"], seed=0)
     pairs = treg.annotate(model, tokenizer, splits["train"][:40], alpha=1.0)
-    wrong = next(pair for pair in splits["test"] if pair.chosen.errors)
-    layers = [treg.annotate(model, tokenizer, [wrong], alpha=1.0)[0]]
+    layers = treg.annotate(model, tokenizer, splits["test"][:1], alpha=1.0)
     for alpha in (0.0, 1.0):  # DPO, DPO-REG
         policy = copy.deepcopy(model)
         treg.train(policy, pairs, alpha=alpha, epochs=epochs, lr=2e-4)
@@ -2844,7 +2846,7 @@ def picture(epochs=23):
     for i, text in enumerate(treg.token_texts(tokenizer, hat.ids.tolist())):
         text = text.strip() if hat.good[i] else f"[{text.strip()}]"
         values = hat.token_rewards[i].item(), dpo.credit[i].item(), reg.credit[i].item()
-        print(" ".join([f"{text:9}", *map(bar, values, (0.5, 1, 1))]).rstrip())
+        print(" ".join([f"{text:9}", *map(bar, values, (0.5, 2, 2))]).rstrip())
 
 
 # An instruction, and a pattern that an answer has which follows it.
@@ -2894,7 +2896,8 @@ def on_policy(model, topics):
     prompts = [kind.format(topic) for topic in topics for kind in RULES]
     asked = [treg.read_pair({"prompt": p, "chosen": "a", "rejected": "b"}) for p in prompts]
     four = [pair for pair in treg.encode(tokenizer, asked) for _ in range(4)]
-    texts, rows = treg.sample(model, tokenizer, four, seed=0, more=46), []
+    texts = treg.sample(model, tokenizer, four, seed=0, more=46)
+    rows = []
     for i, pair in enumerate(asked):
         split = (["train"] * 25 + ["validation"] * 6 + ["test"] * 13)[44 * i // len(asked)]
         answers = texts[4 * i : 4 * i + 4]
@@ -2950,8 +2953,9 @@ def cost(layers, width, most, *flags):
     Flags are treg.py's. With README.md's trl_treg.py in this folder the seconds of TRL's training
     by plain DPO too, layers checkpointed (its default) and not.
     """
-    folder, wide, most = Path(tempfile.mkdtemp()), int(width), int(most)
-    data, few = folder / "pairs.jsonl", min(most, 16)
+    wide = int(width)
+    folder = Path(tempfile.mkdtemp())
+    data = folder / "pairs.jsonl"
     sizes = {"hidden_size": wide, "intermediate_size": 11 * wide // 4, "vocab_size": 8192}
     sizes |= {"num_attention_heads": wide // 32, "num_hidden_layers": int(layers)}
     config = transformers.LlamaConfig(**sizes, max_position_embeddings=8192)
@@ -2983,12 +2987,11 @@ def cost(layers, width, most, *flags):
         return f"{state['log_history'][-1]['train_runtime']:.1f} s"
 
     print(" pairs  prompt  response  annotate     train      peak")
-    rows = [(n, 16, 16) for n in (100, 1000, 10000) if n <= most]
-    rows += [(few, 64, n) for n in (64, 256, 1024, 2048)] + [
-        (few, n, 64) for n in (256, 1024, 2048)
-    ]
-    for pairs, *lengths in rows:
-        prompt, response = lengths
+    few = min(int(most), 16)
+    rows = [(n, 16, 16) for n in (100, 1000, 10000) if n <= int(most)]
+    rows += [(few, 64, n) for n in (64, 256, 1024, 2048)]
+    rows += [(few, n, 64) for n in (256, 1024, 2048)]
+    for pairs, prompt, response in rows:
         sides = {"prompt": prompt, "chosen": response, "rejected": response}
         treg.write(data, [{k: text(n) for k, n in sides.items()} for _ in range(pairs)])
         line = f"{pairs:6}{prompt:8}{response:10} {ours()}"

@@ -289,56 +289,57 @@ LARGE_TREE = 512  # nodes; in a smaller one attention costs less than its branch
 class TreeMask(torch.Tensor):
     """The attention mask of a tree; with it PyTorch's attention is computed branch by branch.
 
-    A node sees the stem, which is all nodes before the first fork, and its own branch. The rest of
-    the square of nodes × nodes is masked, and in a long row most of the work would go there. A
-    model that has an attention of its own takes it for any other mask.
+    A node sees nothing outside its own branch and the stem, which is all nodes before the first
+    fork. The rest of the square of nodes × nodes is masked, and in a long row most of the work
+    would go there. A model that has an attention of its own takes it for any other mask, and what
+    is computed from it is an ordinary tensor.
     """
 
     @classmethod
     def of(cls, mask, ends):
-        """A mask (1, 1, N, N) and one past the last descendant of each node."""
-        mask = mask.as_subclass(cls)
-        mask.ends = ends
-        return mask
+        """A mask (1, 1, N, N), and one past the last descendant of each of the N nodes."""
+        nodes = len(ends)
+        stem = next((node for node, end in enumerate(ends) if end < nodes), nodes)
+        tree = mask.as_subclass(cls)
+        tree.parts = []
+        start = 0
+        while start < nodes:
+            # the stem sees itself alone, and a branch the stem too
+            end, before = (stem, 0) if start < stem else (ends[start], stem)
+            # made here, once: every layer keeps the masks that it is given for the gradient
+            own = seen(mask[..., start:end, :], -1, start, end, before)
+            tree.parts.append((start, end, before, own))
+            start = end
+        return tree
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        mask = next((each for each in (*args, *kwargs.values()) if isinstance(each, cls)), None)
+        mask = kwargs.get("attn_mask")
         with torch._C.DisableTorchFunctionSubclass():
-            if function is F.scaled_dot_product_attention and len(args) == 3:
-                return attend_by_branch(mask.ends, *args, **kwargs)
+            if function is F.scaled_dot_product_attention and isinstance(mask, cls):
+                return attend_by_branch(mask.parts, *args, **kwargs)
             result = function(*args, **kwargs)
-            # what is made of all of it, a copy or another dtype, is such a mask too
-            same = isinstance(result, torch.Tensor) and mask is not None
-            return cls.of(result, mask.ends) if same and result.shape == mask.shape else result
+            # transformers 4 takes all of it as a slice
+            slices = function is torch.Tensor.__getitem__
+            return args[0] if slices and result.shape == args[0].shape else result
 
 
-def attend_by_branch(ends, query, key, value, attn_mask, **options):
-    """scaled_dot_product_attention of a tree, (…, N, size of a head) × 3 -> the same."""
-    nodes = len(ends)
-    stem = next((node for node, end in enumerate(ends) if end < nodes), nodes)
+def seen(tensor, dim, start, end, before):
+    """Of a tensor's nodes those that the ones from start to end may see: the first, and these."""
+    first, own = tensor.narrow(dim, 0, before), tensor.narrow(dim, start, end - start)
+    return torch.cat([first, own], dim)
 
-    def attend(start, end, before):
-        """What the nodes from start to end see of themselves and of the first nodes."""
 
-        def seen(tensor, dim):
-            own = tensor.narrow(dim, start, end - start)
-            return torch.cat([tensor.narrow(dim, 0, before), own], dim) if before else own
-
+def attend_by_branch(parts, query, key, value, **options):
+    """scaled_dot_product_attention, (…, N, size of a head) × 3 -> the same, part by part."""
+    results = []
+    for start, end, before, mask in parts:
         own = query.narrow(-2, start, end - start)
-        # contiguous: the kernels of a GPU want aligned rows
-        mask = seen(attn_mask.narrow(-2, start, end - start), -1).contiguous()
-        return F.scaled_dot_product_attention(
-            own, seen(key, -2), seen(value, -2), attn_mask=mask, **options
-        )
-
-    parts = [attend(0, stem, 0)] if stem else []
-    start = stem
-    while start < nodes:
-        parts.append(attend(start, ends[start], stem))
-        start = ends[start]
-    return torch.cat(parts, -2)
+        keys, values = (seen(tensor, -2, start, end, before) for tensor in (key, value))
+        options["attn_mask"] = mask
+        results.append(F.scaled_dot_product_attention(own, keys, values, **options))
+    return torch.cat(results, -2)
 
 
 class TokenLogps(torch.autograd.Function):
@@ -454,8 +455,9 @@ def sharing_is_exact(model, prompts, responses):
         return False  # a model that takes no such mask or positions
     # two rows are enough: the longest would notice a window, and the last in the tree a response
     # that it must not see
-    telling = {rows.index(max(rows, key=len)), rows.index(max(rows))}
-    for row in bar(telling, desc="check sharing", unit=" rows"):
+    longest = rows.index(max(rows, key=len))
+    last = rows.index(max(rows))
+    for row in bar({longest, last}, desc="check sharing", unit=" rows"):
         [alone] = one_pass(model, [prompts[row]], [responses[row]])
         # rounding moves log-probs by 1e-5, a response that sees another by 1e-2 and more
         if not torch.allclose(alone, together[row], rtol=0, atol=1e-3):
@@ -591,6 +593,15 @@ def longest_row(pair):
     return max(len(prompt) + len(response) for prompt, response in scored_rows(pair))
 
 
+def set_sharing(model, pairs):
+    """Set model.shares_prompts: may rows share beginnings, those of these pairs and all before?"""
+    if getattr(model, "shares_prompts", True):  # once False it stays False
+        rows = scored_rows(max(pairs, key=longest_row))  # what goes wrong grows with length
+        model.shares_prompts = sharing_is_exact(model, *zip(*rows, strict=True))
+        if not model.shares_prompts:
+            say("note: this architecture cannot share prompts: each response is computed alone")
+
+
 @torch.no_grad()
 def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **changes):
     """-> encoded copies of the pairs with ref_logps and token_rewards, for train or other trainers.
@@ -604,7 +615,7 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
         swapped       the same, with the other sign
         sft           1 on the chosen response, 0 on the rejected
         dpo           as contrastive; compare replaces it
-    With sft, or if alpha is 0, no contrastive prompt is read; if alpha is 0 the others are 0.
+    No contrastive prompt is read with sft, nor with alpha 0, where the others are 0.
     """
     s = resolve(settings, model, **changes)
     contrastive = s.alpha > 0 and s.token_rewards != "sft"
@@ -618,12 +629,7 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     pairs = [copied(pair) for pair in pairs]
     scorer = reward_model or model
     for each in {model, scorer}:
-        # not known yet, or True for the rows of an earlier call; once False it stays False
-        if getattr(each, "shares_prompts", True):
-            rows = scored_rows(max(pairs, key=longest_row))  # what goes wrong grows with length
-            each.shares_prompts = sharing_is_exact(each, *zip(*rows, strict=True))
-            if not each.shares_prompts:
-                say("note: this architecture cannot share prompts: each response is computed alone")
+        set_sharing(each, pairs)
     make_room(pairs, "ref_logps", "token_rewards")
     with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
         # packs counts one prompt for each pair, and a response is read after up to three
@@ -696,13 +702,14 @@ def losses(model, pairs, s):
     loss, margin = treg_loss(*rewards.chunk(2), *hats.chunk(2), s.alpha, s.gamma, s.weighting)
 
     weight = torch.sigmoid(-margin) if s.weighting == "sequence" else torch.full_like(margin, 0.5)
+    chosen_agreement, rejected_agreement = (rewards * hats).sum(-1).chunk(2)
     chosen_logps, rejected_logps = logps.sum(-1).chunk(2)
     metrics = {
         "loss": loss,
         "margin": margin,
         "accuracy": 0.5 + 0.5 * torch.sign(margin + s.gamma),  # which reward is higher; a tie is ½
         "weight": weight,
-        "agreement": sum((rewards * hats).sum(-1).chunk(2)),
+        "agreement": chosen_agreement + rejected_agreement,
         "chosen_logps": chosen_logps,
         "rejected_logps": rejected_logps,
     }
@@ -1659,12 +1666,12 @@ def credit_map(pairs, tokenizer, layers):
 
 def report(settings, text, curves, pairs, tokenizer, layers):
     """One page that needs no other file. curves: {name: history}, up to two. layers: credit_map."""
-    figures = "".join(picture(what, metrics, curves) for what, metrics in CURVES.items())
+    figures = "".join(figure(what, metrics, curves) for what, metrics in CURVES.items())
     tokens = credit_map(pairs, tokenizer, layers)
     return PAGE.format(escaped(settings), escaped(text), figures, tokens)
 
 
-def picture(title, metrics, curves):
+def figure(title, metrics, curves):
     """An SVG of one or two metrics of each history, with axes; below it what each line is."""
     lines = []
     for ink, (name, history) in zip((BLUE, ORANGE), curves.items(), strict=False):
@@ -2492,8 +2499,8 @@ def parse(argv):
 def keep_freed_memory():
     """Keep the memory of freed tensors for the next ones, where C's library is glibc.
 
-    It would give large blocks back to the system, which fills every page of a new one with zeros:
-    up to a third of the CPU time of a small model.
+    It would give large blocks back to the system, which fills every page of a new one with zeros.
+    With a small model that is up to 30 % of the CPU time.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another library, or Windows
         mallopt = ctypes.CDLL(None).mallopt
