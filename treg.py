@@ -301,14 +301,14 @@ class TreeMask(torch.Tensor):
         nodes = len(ends)
         stem = next((node for node, end in enumerate(ends) if end < nodes), nodes)
         tree = mask.as_subclass(cls)
-        tree.parts = []
-        start = 0
+        # made here, once: every layer keeps the masks that it is given for the gradient
+        tree.sizes, tree.masks = [stem], [mask[..., :stem, :stem].contiguous()]
+        start = stem
         while start < nodes:
-            # the stem sees itself alone, and a branch the stem too
-            end, before = (stem, 0) if start < stem else (ends[start], stem)
-            # made here, once: every layer keeps the masks that it is given for the gradient
-            own = seen(mask[..., start:end, :], -1, start, end, before)
-            tree.parts.append((start, end, before, own))
+            end = ends[start]
+            seen = [*range(stem), *range(start, end)]
+            tree.sizes.append(end - start)
+            tree.masks.append(mask[..., start:end, seen])
             start = end
         return tree
 
@@ -318,27 +318,29 @@ class TreeMask(torch.Tensor):
         mask = kwargs.get("attn_mask")
         with torch._C.DisableTorchFunctionSubclass():
             if function is F.scaled_dot_product_attention and isinstance(mask, cls):
-                return attend_by_branch(mask.parts, *args, **kwargs)
+                return attend_by_branch(mask, *args, **kwargs)
             result = function(*args, **kwargs)
             # transformers 4 takes all of it as a slice
             slices = function is torch.Tensor.__getitem__
             return args[0] if slices and result.shape == args[0].shape else result
 
 
-def seen(tensor, dim, start, end, before):
-    """Of a tensor's nodes those that the ones from start to end may see: the first, and these."""
-    first, own = tensor.narrow(dim, 0, before), tensor.narrow(dim, start, end - start)
-    return torch.cat([first, own], dim)
+def attend_by_branch(tree, query, key, value, **options):
+    """scaled_dot_product_attention, (…, N, size of a head) × 3 -> the same, part by part.
 
-
-def attend_by_branch(parts, query, key, value, **options):
-    """scaled_dot_product_attention, (…, N, size of a head) × 3 -> the same, part by part."""
+    The stem sees itself alone, and a branch the stem and itself.
+    """
+    # split, whose gradient is put together at once: a slice's would be N nodes long for each part
+    queries, keys, values = (each.split(tree.sizes, -2) for each in (query, key, value))
     results = []
-    for start, end, before, mask in parts:
-        own = query.narrow(-2, start, end - start)
-        keys, values = (seen(tensor, -2, start, end, before) for tensor in (key, value))
+    for part, mask in enumerate(tree.masks):
+        seen = [0, part] if part else [0]
+        own_keys = torch.cat([keys[i] for i in seen], -2)
+        own_values = torch.cat([values[i] for i in seen], -2)
         options["attn_mask"] = mask
-        results.append(F.scaled_dot_product_attention(own, keys, values, **options))
+        results.append(
+            F.scaled_dot_product_attention(queries[part], own_keys, own_values, **options)
+        )
     return torch.cat(results, -2)
 
 
@@ -631,19 +633,19 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     for each in {model, scorer}:
         set_sharing(each, pairs)
     make_room(pairs, "ref_logps", "token_rewards")
-    with bar(total=len(pairs), desc="annotate", unit=" pairs") as done:
-        # packs counts one prompt for each pair, and a response is read after up to three
-        for pack in packs(pairs, s.pass_tokens // 3):
-            responses = sides(pack)
-            # in the precision of training: before the first step log π − log π_ref is to be 0
-            ref_logps, mask = policy_logps(model, pack, s.dtype)
-            unstacked(responses, "ref_logps", ref_logps)
-            if contrastive:
-                prompts = id_lists(responses, "better_ids") + id_lists(responses, "worse_ids")
-                # float32 always: σ of a bfloat16 error is an error
-                logps, _ = response_logps(scorer, prompts, id_lists(responses, "ids") * 2)
-                unstacked(responses, "token_rewards", token_rewards(*logps.chunk(2), mask))
-            done.update(len(pack))
+    for pack in bar(list(packs(pairs, s.pass_tokens)), desc="reference", unit=" passes"):
+        # in the precision of training: before the first step log π − log π_ref is to be 0
+        ref_logps, _ = policy_logps(model, pack, s.dtype)
+        unstacked(sides(pack), "ref_logps", ref_logps)
+    # packs counts a response once, and here it is read twice, after prompts that may hold it too
+    scored = list(packs(pairs, s.pass_tokens // 3)) if contrastive else []
+    for pack in bar(scored, desc="token rewards", unit=" passes"):
+        responses = sides(pack)
+        prompts = id_lists(responses, "better_ids") + id_lists(responses, "worse_ids")
+        # float32 always: σ of a bfloat16 error is an error
+        logps, mask = response_logps(scorer, prompts, id_lists(responses, "ids") * 2)
+        hats = token_rewards(*logps.chunk(2), mask[: len(responses)])
+        unstacked(responses, "token_rewards", hats)
 
     def finite(response):
         return (response.ref_logps + response.token_rewards).isfinite().all()
@@ -786,7 +788,7 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
             row |= take_step(model, optimizer, batch, s, lr=s.lr * schedule(step, total))
             last = step + 1 == total
             if last:  # the loss of a next step would tell, but there is none
-                finite = all(weight.isfinite().all() for weight in weights)
+                finite = torch.nn.utils.get_total_norm(weights).isfinite()
                 need(finite, f"the last step left weights that are not finite; {DIVERGED}")
             if heldout and (last or (step + 1) % math.ceil(total / 5) == 0):
                 metrics, _ = measure(model, heldout, s)
