@@ -16,6 +16,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import datetime
 import functools
 import gzip
 import importlib.machinery
@@ -775,6 +776,27 @@ def test_gzip_byte_order_mark_crlf_and_blank_lines_change_nothing(name, content,
     assert read(tmp_path / f"{name}.gz", gzip.compress(content)) == right
 
 
+def test_parquet_fills_no_null_into_a_call_and_its_times_become_text(tmp_path):
+    """Arrow has one form for all rows: an argument of one call is null in all others."""
+    rows = []
+    for arguments in ({"bird": "crow"}, {"n": 7}):
+        call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+        tools = [{"name": "look", "parameters": arguments}]
+        at = datetime.datetime(2026, 1, 2)
+        rows.append({**ROW, "prompt": [U("Is it?", at=at)], "chosen": [A("", tool_calls=[call])]})
+        rows[-1] |= {"rejected": [A("No.")], "tools": tools}
+    (tmp_path / "p.parquet").write_bytes(parquet(*rows))
+    for row, pair in zip(rows, treg.load_pairs(tmp_path / "p.parquet"), strict=True):
+        assert pair.chosen.message == row["chosen"][0] and pair.tools == row["tools"]
+        assert pair.prompt == [U("Is it?", at="2026-01-02 00:00:00")]
+    for text in (b"Yes.", datetime.datetime(2026, 1, 2), [A(b"Yes.")]):  # not as str() has it
+        (tmp_path / "p.parquet").write_bytes(
+            parquet({"prompt": "a", "chosen": text, "rejected": "b"})
+        )
+        with pytest.raises(treg.UserError, match="chosen must be text"):
+            treg.load_pairs(tmp_path / "p.parquet")
+
+
 def test_csv_cell_stays_the_text_that_it_is(tmp_path):
     path, right = tmp_path / "p.csv", [([U("null")], "NA", "007")]
     assert read(path, b"prompt,chosen,rejected\r\nnull,NA,007\r\n") == right
@@ -1065,11 +1087,12 @@ def test_prompt_is_what_the_template_writes_before_the_words(template):
 
 ALWAYS_OPEN = CHATML.replace("{{ m['c", "{{ '<think>\n' if m['role'] == 'assistant' }}{{ m['c")
 ALWAYS_EMPTY = ALWAYS_OPEN.replace("<think>\n", EMPTY)
+STRIPPED = TEMPLATES["DeepSeek-R1-Distill"].replace("<think>\n", EMPTY)
 ALWAYS_OPEN = ALWAYS_OPEN.replace(ASK, ASK.replace("assistant\n", "assistant\n<think>\n"))
 
 
 @pytest.mark.parametrize("text", [THOUGHTS, "\n" + THOUGHTS, "<think>Crows fly.</think>A crow."])
-@pytest.mark.parametrize("template", [*TEMPLATES, ALWAYS_OPEN, ALWAYS_EMPTY])
+@pytest.mark.parametrize("template", [*TEMPLATES, ALWAYS_OPEN, ALWAYS_EMPTY, STRIPPED])
 def test_own_thoughts_get_no_second_block(template, text):
     whole = "".join(scored(template, text))
     assert (whole.count("<think>"), whole.count("</think>")) == (1, 1), whole
@@ -1251,6 +1274,14 @@ def test_contrastive_prompts_are_written_like_the_prompt(template):
         assert tokenizer.decode(ids) == prompt.replace("Name a bird.", text)
 
 
+def test_the_end_token_is_looked_up_once_for_all_pairs(monkeypatch):
+    """Of Gemma's 6,000 added tokens a list for every response would take most of the time."""
+    calls, special_tokens = [], treg.special_tokens
+    monkeypatch.setattr(treg, "special_tokens", lambda t: calls.append(1) or special_tokens(t))
+    treg.encode(tokenizer_of(), [pair_of()] * 9)
+    assert len(calls) == 2
+
+
 def test_a_long_run_of_spaces_takes_no_quadratic_time():
     start = time.process_time()
     treg.encode(tokenizer_of(), [pair_of("A" + " " * 20000 + "crow.")])
@@ -1304,7 +1335,7 @@ def rows_of(x=24, better=4, worse=6, chosen=9, rejected=12):
 DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
 LONG = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 LONG = {"rope_scaling": LONG, "original_max_position_embeddings": 64}
-LOCAL = {"attention_types": [[["global", "local"], 1]], "window_size": 20}
+LOCAL = {"attention_types": [[["global", "local"], 1]]}  # a window of 256 nodes of the tree
 SHARES = ["llama", "gpt2", "gptj", "codegen", "gpt_neox_japanese", "opt", "gemma2", "mixtral"]
 ALONE = ["bamba", "bloom", "jamba", "qwen3_next", "recurrent_gemma"]
 SHARING = [(kind, {}, True) for kind in [*SHARES, "qwen2_moe"]]
@@ -1314,6 +1345,7 @@ SHARING += [
     ("mistral", {"sliding_window": 20}, False),
     ("gemma2", {"sliding_window": 20}, False),
     ("qwen2", {"use_sliding_window": False}, True),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 200, "max_window_layers": 0}, True),
     ("llama", DYNAMIC, False),
     ("phi3", LONG, False),
     ("gpt_neo", LOCAL, False),
@@ -1352,6 +1384,18 @@ def test_what_no_rule_knows_of_is_found_by_computing(fault):
 
     model.forward = faulty
     assert treg.sharing_is_exact(model, *rows) == (fault == "none")
+
+
+def test_a_check_that_runs_out_of_memory_says_nothing_of_the_architecture():
+    model = model_of()
+    for message in ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory"):
+
+        def forward(message=message, **_):
+            raise RuntimeError(message)
+
+        model.forward = forward
+        with pytest.raises(RuntimeError, match=message):
+            treg.sharing_is_exact(model, *rows_of())
 
 
 def test_a_window_counts_from_the_rows_that_reach_it_and_for_good(capsys):
@@ -1469,8 +1513,8 @@ def test_a_shared_prompt_is_computed_once_and_the_head_only_where_a_token_is_pre
     assert logits == [3, 3, 6]
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_attention_over_a_large_tree_is_computed_by_branch(checkpointed, monkeypatch):
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "checkpointed"])
+def test_attention_over_a_large_tree_is_computed_by_branch(kind, monkeypatch):
     """Stem 5 6 7, branches 8 3 and 9: queries × keys 3 × 3, 2 × 5 and 1 × 4 in each of two layers.
 
     With gradient checkpointing a layer is computed again in the backward pass, in the same way.
@@ -1487,13 +1531,13 @@ def test_attention_over_a_large_tree_is_computed_by_branch(checkpointed, monkeyp
     monkeypatch.setattr(treg, "LARGE_TREE", 6)
     model = model_of()
     model.shares_prompts = True
-    if checkpointed:
+    if kind == "checkpointed":
         treg.checkpoint_layers(model, "")
-    with Spy():
+    with Spy(), torch.autocast("cpu", torch.bfloat16, kind == "bf16", cache_enabled=False):
         for last in (9, 8):  # with 8 3 again there are five nodes, which is not large
             logps, _ = treg.response_logps(model, [[5, 6, 7]] * 2, [[8, 3, 0], [last, 0]])
             logps.sum().backward()
-    layers = 4 if checkpointed else 2
+    layers = 4 if kind == "checkpointed" else 2
     assert sizes == [(3, 3), (2, 5), (1, 4)] * layers + [(5, 5)] * layers
     assert masks[:3] == masks[3:6], "a layer that had its own would keep them for the gradient"
     mask = treg.TreeMask.of(torch.zeros(1, 1, 2, 2), [2, 2])
@@ -1690,7 +1734,11 @@ def test_an_optimiser_step_by_hand(case):
     for epoch in range(5):
         seen = {pair.where for batch in batches[2 * epoch : 2 * epoch + 2] for pair in batch}
         assert len(seen) == 7, "every pair once an epoch"
-    assert len({batches[2 * epoch][0].where for epoch in range(5)}) > 1, "each epoch its own order"
+    orders = []
+    for seed in (0, 1):
+        placed = treg.batches(range(7), treg.replace(s, seed=seed, batch_size=7))
+        orders += [tuple(batch) for batch in placed]
+    assert len({*orders}) == 10, "each epoch of each seed its own order"
 
     weights = [*exact.parameters()]
     m = [torch.zeros_like(w) for w in weights]
@@ -1766,7 +1814,8 @@ def pencil_world():
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = {"eos_token": "<end>", "pad_token": "<end>", "unk_token": "<unk>"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **ends)
-    model = model_of(hidden_size=8, vocab_size=8, tie_word_embeddings=False)
+    sizes = {"hidden_size": 8, "vocab_size": 8, "eos_token_id": 0}
+    model = model_of(**sizes, tie_word_embeddings=False)
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.copy_(torch.eye(8)[0])  # the last state, whatever was read
@@ -1775,7 +1824,7 @@ def pencil_world():
     pairs = []
     for chosen, rejected, errors in rows:
         pair = pair_of(chosen, [U("a")], rejected)
-        pair.answers = ["a", "b a"]
+        pair.answers = ["a", "b a\n"]
         pair.chosen.errors, pair.rejected.errors = errors, errors and [[0, 1]]
         pairs.append(pair)
     pairs = treg.annotate(model, tokenizer, pairs)
@@ -1832,6 +1881,14 @@ def test_pairs_with_a_token_of_probability_zero_are_dropped():
     model, tokenizer, pairs = pencil_world()
     model.lm_head.weight.data[VOCABULARY.index("c"), 0] = -math.inf
     assert [pair.chosen.text for pair in treg.annotate(model, tokenizer, pairs)] == ["b a"]
+
+
+def test_tokens_are_shown_as_they_are():
+    """Transformers 4 takes the space before a comma away, as Llama 3's tokenizer asks it to."""
+    tokenizer, text = tokenizer_of(), "A crow , a bat ünï."
+    tokenizer.clean_up_tokenization_spaces = True
+    texts = treg.token_texts(tokenizer, tokenizer(text)["input_ids"])
+    assert "".join(texts).replace("◌", "") == text
 
 
 def test_pair_accuracy_by_hand():
@@ -1901,6 +1958,9 @@ def test_samples_follow_the_models_own_distribution_and_no_generation_config():
         setattr(model.generation_config, name, value)
         assert texts[:128] == treg.sample(model, tokenizer, pairs[:1] * 128, 0), name
     assert model.generation_config is own, "its own settings come back"
+    own.eos_token_id = VOCABULARY.index("a")
+    texts = treg.sample(model, tokenizer, pairs[:1] * 128, 0)
+    assert not any("a" in text.split() for text in texts), "its own end token is one too"
 
 
 def test_samples_do_not_depend_on_the_padding_of_their_prompts():
@@ -2319,6 +2379,8 @@ FLAGS = {
     f"--out {__file__}": "--out .*: cannot be made .*File exists",
 }
 FLAGS |= {f"--compare 1 --variants {text}": "variant|alpha|prompts" for text in VARIANTS}
+VARIANTS.append('{"a": {}}')  # which is right, beside --compare
+FLAGS['--variants {"a": {}}'] = "--variants: goes with --compare"
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -2356,7 +2418,7 @@ def test_prompts_that_are_no_better_than_chance_and_a_high_rate_are_warned_of(
     assert "warning: --lr 0.001" in done(*words(tmp_path / "other"))
 
 
-def test_help_explains_every_field(capsys):
+def test_help_explains_every_field(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="0"):
         treg.main(["--help"])
     said = capsys.readouterr().out
@@ -2365,6 +2427,9 @@ def test_help_explains_every_field(capsys):
         assert re.search(rf"--{name.replace('_', '-')}\s", said), name
         assert help in re.sub(r"\s", "", said), name
     assert "[1024]" in said and "[None]" not in said and "==SUPPRESS" not in said
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    with pytest.raises(SystemExit, match="0"):  # it has no ½
+        treg.main(["--help"])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])  # OPT calls dropout by its own training flag
@@ -2420,10 +2485,10 @@ def test_bf16_starts_at_the_reference_and_rounds_no_small_update_away(dtype, fla
 
 
 def test_the_saved_model_stops_at_every_end_token_that_it_has_learned(tmp_path):
-    """Its own, its template's and that of a call; with settings that transformers won't save."""
+    """Its own, its template's and that of a call; settings that nothing reads are not saved."""
     folder, tokenizer = shutil.copytree(model_folder(), tmp_path / "model"), tokenizer_of("gpt-oss")
     tokenizer.save_pretrained(folder)
-    own = {"eos_token_id": 7, "do_sample": False, "top_k": 5}
+    own = {"eos_token_id": 7, "do_sample": False, "temperature": 0.0}
     (folder / "generation_config.json").write_text(json.dumps(own))
     rows = [
         {"prompt": f"{i}", "chosen": [A("", tool_calls=CALL)], "rejected": "?"} for i in range(12)
@@ -2434,7 +2499,7 @@ def test_the_saved_model_stops_at_every_end_token_that_it_has_learned(tmp_path):
     done("--resume", tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     learned = tokenizer.convert_tokens_to_ids(["<|call|>", "<|return|>"])
-    assert saved["eos_token_id"] == [7, *sorted(learned)] and saved["top_k"] == 5
+    assert saved["eos_token_id"] == [7, *sorted(learned)] and not saved.get("do_sample")
 
 
 def test_tokenizers_without_offsets_train_without_credit_figures(tmp_path):
@@ -2454,6 +2519,7 @@ def test_tokenizers_without_offsets_train_without_credit_figures(tmp_path):
 def test_out_of_memory_gets_advice_and_a_bug_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(treg, "take_step", lambda *args, **kwargs: torch.empty(2**58))
     assert "out of memory; begin again with" in refusal(*words(tmp_path / "out"))
+    assert treg.out_of_memory(MemoryError()) and treg.out_of_memory(torch.OutOfMemoryError())
     monkeypatch.setattr(treg, "take_step", lambda *args, **kwargs: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         command(*words(tmp_path / "other"))
@@ -2564,8 +2630,9 @@ def test_compare_trains_every_variant_from_the_reference_and_goes_on_after_a_kil
     assert [(result["seed"], result["variant"]) for result in results] == work
     assert "learned by DPO-REG" in (tmp_path / "straight/report.html").read_text()
 
+    killed(os, "replace", 2, "before", *compared(tmp_path / "other", "--model", model))
     # a comparison evaluates nothing but its variants
-    killed(treg, "evaluate", 5, "before", *compared(tmp_path / "other", "--model", model))
+    killed(treg, "evaluate", 5, "before", "--resume", tmp_path / "other")
     assert len((tmp_path / "other/compare.jsonl").read_text().splitlines()) == 4
     shutil.rmtree(model)
     tables = [said, done("--resume", tmp_path / "other"), done("--resume", tmp_path / "other")]
@@ -2739,6 +2806,10 @@ def test_readme_lora_recipe_saves_what_it_trained(at_place):
     saved, before = (treg.load_model(name)[0].state_dict() for name in ("my-lora", "DIR"))
     assert all(torch.equal(saved[name], merged[name]) for name in saved)
     assert not all(torch.equal(saved[name], before[name]) for name in saved), "it has learned"
+    model, tokenizer = treg.load_model("DIR")
+    policy, own = space["get_peft_model"](model, space["lora"]), model.generation_config
+    treg.sample(policy, tokenizer, space["pairs"][:2], 0)
+    assert model.generation_config is own, "its own settings come back"
 
 
 @pytest.mark.parametrize("algorithm, beta, gamma", [("dpo", 0.1, 0.0), ("simpo", 1.0, 0.5)])

@@ -60,7 +60,7 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -200,20 +200,31 @@ def one_line(error):
     return ": ".join(filter(None, texts)) or type(error).__name__
 
 
+def out_of_memory(error):
+    """Does it say so? A CPU and Apple's GPU have no kind of error for it."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    said = re.search("out of memory|allocate memory", str(error))
+    return isinstance(error, kinds) or bool(said)
+
+
 @contextlib.contextmanager
 def explain(what, hint):
     """Within it a library's error becomes the user's, in one line: what failed, why, what to do."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError, MemoryError):
+    except UserError:
         raise
     except Exception as error:  # every library has its own
+        if out_of_memory(error):
+            raise
         raise UserError(f"{what} ({one_line(error)}); {hint}") from None
 
 
 def saving(path):
     """explain, for what writes a file of the run folder."""
-    return explain(f"{path}: not saved", "make room, then --resume: nothing is lost")
+    return explain(
+        f"{path}: not saved", "if the disk is full make room, then --resume: nothing is lost"
+    )
 
 
 def loading(path):
@@ -366,6 +377,11 @@ class TokenLogps(torch.autograd.Function):
         return result, None
 
 
+def unwrapped(model):
+    """The model itself, where it may stand in LoRA's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def one_pass(model, prompts, responses):
     """One forward pass over the tree of these rows. -> log-probs (T,) of each response, a tuple."""
     rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
@@ -382,15 +398,18 @@ def one_pass(model, prompts, responses):
     if len(rows) > 1:
         node, end = tensor(range(len(ids))), tensor(ends)
         sees = (node <= node[:, None]) & (node[:, None] < end)
+        # in autocast's precision: else every layer would make a mask of its own from this one
+        device = node.device.type
+        autocast = torch.is_autocast_enabled(device)
+        kind = torch.get_autocast_dtype(device) if autocast else torch.float32
         # numbers, not booleans: some architectures add the mask to the scores
-        mask = torch.where(sees, 0.0, torch.finfo(torch.float32).min)[None, None]
+        mask = torch.where(sees, 0.0, torch.finfo(kind).min).to(kind)[None, None]
         if len(ids) >= LARGE_TREE:
             mask = TreeMask.of(mask, ends)
         inputs |= {"attention_mask": mask, "position_ids": tensor([positions])}
     # the output head is most of a small model: it runs only where a response token is predicted
     sources, targets = tensor(sources), tensor(targets)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA's wrapper
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+    if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
         logits = model(**inputs, logits_to_keep=sources).logits[0]
     else:
         logits = model(**inputs).logits[0, sources]
@@ -427,13 +446,14 @@ def full_attention(model, length):
         return False
     if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
         return False
-    # other kinds of layers (Qwen3-Next), or a window that a row does not fit into (Mistral)
-    kinds = {*(settings.get("layer_types") or ())}
+    # other kinds of layers (Qwen3-Next; GPT-Neo's windows are of places in the tree), or a window
+    # that a row does not fit into (Mistral)
+    kinds = {*(settings.get("layer_types") or settings.get("attention_layers") or ())}
     if not kinds <= {"full_attention", "sliding_attention"}:
         return False
     suffixes = ("window", "window_size", "window_len", "attention_chunk_size")
     windows = [value for name, value in settings.items() if name.endswith(suffixes)]
-    windowed = any(isinstance(window, int) and 0 < window < length for window in windows)
+    windowed = any(type(window) is int and 0 < window < length for window in windows)
     if windowed and settings.get("use_sliding_window", True):
         return False
     # positions that are turned by an angle which depends on the longest row (Phi-3's longrope)
@@ -451,10 +471,10 @@ def sharing_is_exact(model, prompts, responses):
         return False
     try:
         together = one_pass(model, prompts, responses)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, IndexError, AssertionError, AttributeError):
-        return False  # a model that takes no such mask or positions
+    except Exception as error:  # a model that takes no such mask or positions: each says it its way
+        if out_of_memory(error):
+            raise
+        return False
     # two rows are enough: the longest would notice a window, and the last in the tree a response
     # that it must not see
     longest = rows.index(max(rows, key=len))
@@ -756,8 +776,8 @@ def take_step(model, optimizer, batch, s, lr):
 
 def batches(pairs, s):
     """Yield the pairs of each step, by the seed alone: a resumed run needs no random state."""
-    for epoch in range(s.epochs):
-        generator = torch.Generator().manual_seed(s.seed + epoch)
+    generator = torch.Generator().manual_seed(s.seed)
+    for _ in range(s.epochs):
         order = torch.randperm(len(pairs), generator=generator).tolist()
         for start in range(0, len(order), s.batch_size):
             yield [pairs[i] for i in order[start : start + s.batch_size]]
@@ -893,7 +913,7 @@ def read_rows(source):
             # not by datasets, which takes brackets in a file's name for a pattern
             from pyarrow import parquet
 
-            rows = parquet.read_table(io.BytesIO(data)).to_pylist()
+            rows = map(from_arrow, parquet.read_table(io.BytesIO(data)).to_pylist())
         elif kind == "csv":
             # by the standard library: every cell stays the text that it is, "NA" and "007" too
             csv.field_size_limit(2**31 - 1)
@@ -927,7 +947,15 @@ def hub_rows(name):
     need("train" in splits, f"--data {name}: no split train, only {found}; save one as .jsonl")
     for split, rows in splits.items():
         for i, row in enumerate(rows, 1):
-            yield f"{name}:{split} row {i}", {**row, "split": split}
+            yield f"{name}:{split} row {i}", {**from_arrow(row), "split": split}
+
+
+def from_arrow(value):
+    """A value without the nulls that Arrow fills in for what a row lacks and another has, as for
+    an argument of a tool call."""
+    if isinstance(value, dict):
+        return {name: from_arrow(inner) for name, inner in value.items() if inner is not None}
+    return [from_arrow(inner) for inner in value] if isinstance(value, list) else value
 
 
 def without_twins(items):
@@ -1075,7 +1103,9 @@ def read_message(message, what):
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     sound = message.get("role") in ROLES and isinstance(content, str)
     need(sound and "function_call" not in message, wanted)
-    return {**message, "content": content}
+    others = {name: value for name, value in message.items() if name != "content"}
+    # a time and the like become text: a run's folder keeps plain values
+    return {**json.loads(json.dumps(others, default=str)), "content": content}
 
 
 def read_prompt(row):
@@ -1225,9 +1255,9 @@ def split_reply(whole, head, tail, opened, asked, reply):
     need(not lost, f"the chat template leaves out {lost}")
     # the third kind: the reply as it is, after the prompt that the model is given; without the
     # empty block of thoughts that some write even there
-    prompt = opened
-    if not opened.startswith(head):
-        prompt = head[: head.rindex(tag)] if tag and tag in head[asked:] else head
+    prompt = opened if opened.startswith(head) else head
+    if tag and f"{tag[0]}/{tag[1:]}" in prompt[asked:]:
+        prompt = prompt[: prompt.rindex(tag)]
     if tag and prompt.rstrip().endswith(tag):  # what the prompt has opened is not written twice
         text = text.removeprefix(tag)
         text = text.removeprefix("\n") if prompt.endswith("\n") else text
@@ -1309,6 +1339,7 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
         tokenizer.chat_template = "{{ bos_token }}" + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
     own = [token for token in special_tokens(tokenizer) if not THOUGHTS.fullmatch(token)]
     marks = "|".join([MARKS, *map(re.escape, sorted(own, key=len, reverse=True))])
+    find_end = lru_cache(partial(end_token, tokenizer))  # a tokenizer may have thousands to try
     dropped, cleaned, bad, encoded = Counter(), 0, [], []
     for pair in bar(pairs, desc="encode", unit=" pairs"):
         pair = copied(pair)
@@ -1319,7 +1350,7 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
             cleaned += text != response.text
             response.message = {**response.message, "content": text}
         try:
-            reason = encode_pair(tokenizer, pair, style, max_length, marks)
+            reason = encode_pair(tokenizer, pair, style, max_length, marks, find_end)
         except UserError as error:
             bad.append(f"{pair.where}: {error}")
             continue
@@ -1335,7 +1366,7 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
     return encoded
 
 
-def encode_pair(tokenizer, pair, style, max_length, marks):
+def encode_pair(tokenizer, pair, style, max_length, marks, find_end):
     """Set the ids of a pair. -> why it is not trained on, or None."""
     messages = [*pair.prompt, pair.chosen.message, pair.rejected.message]
     if not all(map(said_in, messages[-2:])):
@@ -1344,18 +1375,18 @@ def encode_pair(tokenizer, pair, style, max_length, marks):
     if found := re.search(marks, "\n".join(texts)):
         return f"holds {found[0]}, of a chat template; give texts without one"
     for response in sides([pair]):
-        encode_response(tokenizer, pair, response, style)
+        encode_response(tokenizer, pair, response, style, find_end)
     chosen, rejected = (r.prompt_ids.tolist() + r.ids.tolist() for r in sides([pair]))
     if chosen == rejected:
         return "chosen and rejected are the same"
     return f"longer than {max_length} tokens" if longest_row(pair) > max_length else None
 
 
-def encode_response(tokenizer, pair, response, style):
+def encode_response(tokenizer, pair, response, style, find_end):
     """Set a response's ids, the ids of its prompts and, where it has error spans, its labels."""
     reply = response.message
     prompt, body, tail = in_template(tokenizer, pair.prompt, reply, pair.tools)
-    end, before_end = end_token(tokenizer, tail)
+    end, before_end = find_end(tail)
     need(end is not None, "no end token: set the tokenizer's eos_token")
     response.prompt_ids = tokenize_prompt(tokenizer, prompt)
     need(len(response.prompt_ids), "the prompt becomes no token")
@@ -1445,7 +1476,7 @@ def pair_accuracy(pairs):
 
 def exact_match(pair, text):
     """The judge of data with answers: 1 if the text is one of them, else 0."""
-    return float(text.strip() in pair.answers)
+    return float(text.strip() in map(str.strip, pair.answers))
 
 
 @torch.no_grad()
@@ -1455,25 +1486,32 @@ def sample(model, tokenizer, pairs, seed, more=8):
     A sample may be `more` tokens longer than the longest chosen response of the pairs.
     """
     most = max(len(pair.chosen.ids) for pair in pairs) + more
-    ends = end_tokens(pairs)
-    own, texts = model.generation_config, []
+    base, texts = unwrapped(model), []
+    own, ends = base.generation_config, all_ends(base, end_tokens(pairs))
     try:
         # the model's own settings (min_p, stop strings …) would bend the distribution
-        model.generation_config = transformers.GenerationConfig()
+        base.generation_config = transformers.GenerationConfig()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for start in range(0, len(pairs), 128):
                 texts += draw(model, tokenizer, pairs[start : start + 128], most, ends)
     finally:
-        model.generation_config = own
+        base.generation_config = own
     return texts
+
+
+def all_ends(model, learned):
+    """The ids at which the model stops: its own end tokens, then those it has learned besides."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    return own + [end for end in learned if end not in own]
 
 
 def draw(model, tokenizer, pairs, most, ends):
     """One batch of samples, of at most `most` tokens each."""
     prompts = [pair.chosen.prompt_ids.long() for pair in pairs]
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    ids = pad(prompts, padding_value=ends[0]).to(model.device)
+    ids = pad(prompts, padding_value=ends[-1]).to(model.device)
     most = max(1, min(most, positions(model) - ids.shape[1]))
     with bar(total=most, desc="sample", unit=" tokens") as done:
 
@@ -1488,13 +1526,13 @@ def draw(model, tokenizer, pairs, most, ends):
             do_sample=True,
             top_k=0,
             eos_token_id=ends,
-            pad_token_id=ends[0],
+            pad_token_id=ends[-1],
             stopping_criteria=[go_on],  # called after every token
         )
     texts = []
     for row in drawn[:, ids.shape[1] :].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-        texts.append(tokenizer.decode(row[:stop]))
+        texts.append(tokenizer.decode(row[:stop], clean_up_tokenization_spaces=False))
     return texts
 
 
@@ -1625,7 +1663,7 @@ def token_texts(tokenizer, ids):
     """What each token adds to the text; ◌ for one whose character a later token completes."""
     texts, before = [], ""
     for length in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:length]).rstrip("\ufffd")
+        text = tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False).rstrip("\ufffd")
         texts.append(text[len(before) :].replace("\n", "⏎") or "◌")
         before = text
     return texts
@@ -1825,8 +1863,8 @@ def compare(s, out, judge=None):
     """
     path, kept = out / "compare.jsonl", out / "variants.json"
     variants = read_variants(kept if kept.exists() else s.variants)
-    write(kept, variants)
     write(out / "settings.json", {"settings": asdict(s), "machine": machine(s)})
+    write(kept, variants)
     results = read(path) if path.exists() else []
     done = {(result["seed"], result["variant"]) for result in results}
     seeds = range(s.seed, s.seed + s.compare)
@@ -1862,7 +1900,8 @@ def compare(s, out, judge=None):
         layers = {"token reward r̂": (heldout, "token_rewards")}
         first = dict([(name, curves[name]) for name in variants if name in curves][:2])
         for name in first:
-            if len(shown[name]) == len(heldout):  # other prompts may drop other pairs
+            # other prompts may have dropped other pairs
+            if [pair.where for pair in shown[name]] == [pair.where for pair in heldout]:
                 layers[f"learned by {name}"] = (shown[name], "credit")
         page = report(describe(resolve(s, model)), text, first, heldout[:5], tokenizer, layers)
         write(out / "report.html", page)
@@ -2418,6 +2457,7 @@ def run(s, judge=None):
     need(alone, "--resume: takes no other flag, the folder has them all")
     read_prompts(s.prompts)
     read_variants(s.variants)
+    need(s.compare or not s.variants, "--variants: goes with --compare")
     if s.check_prompts:
         check_prompts(s)
         return
@@ -2460,14 +2500,12 @@ def run_once(s, out, judge):
 
 def save_model(model, tokenizer, out, learned):
     """Write a folder that from_pretrained loads; the model stops at the end tokens it learned."""
-    settings = model.generation_config
-    ends = settings.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    settings.eos_token_id = ends + [end for end in learned if end not in ends]
+    model.generation_config.eos_token_id = ends = all_ends(model, learned)
     try:
-        settings.validate(strict=True)
-    except ValueError:  # it sets what sampling alone reads, and does not sample: it is not saved
-        settings.do_sample = True
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        # it sets what it does not read (a temperature, without sampling), and could not be saved
+        model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
     with saving(out):
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -2513,6 +2551,8 @@ def keep_freed_memory():
 def main(argv=None):
     """The command line. -> exit status. In a notebook: main(["--model", …])."""
     keep_freed_memory()
+    with contextlib.suppress(AttributeError, ValueError):  # standard output is another, or closed
+        sys.stdout.reconfigure(errors="replace")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -2526,9 +2566,7 @@ def main(argv=None):
     except OSError as problem:
         error = f"{problem.filename or 'standard output'}: {problem.strerror or problem}"
     except (RuntimeError, MemoryError) as problem:
-        # a GPU's error, Python's and, on a CPU, a RuntimeError without a kind of its own
-        kinds = (torch.OutOfMemoryError, MemoryError)
-        if not isinstance(problem, kinds) and "allocate memory" not in str(problem):
+        if not out_of_memory(problem):
             raise
         error = "out of memory; begin again with --gradient-checkpointing, a smaller --pass-tokens "
         error += "or --max-length, or --dtype bf16"
