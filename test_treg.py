@@ -2641,6 +2641,14 @@ def test_compare_trains_every_variant_from_the_reference_and_goes_on_after_a_kil
     assert [re.split("  +", line)[0] for line in tables.pop().splitlines()[2:]] == [*treg.VARIANTS]
 
 
+def test_the_page_shows_no_credit_of_other_pairs(tmp_path):
+    """The prompts of `revise` are longer: --max-length drops pairs that DPO was measured on."""
+    (tmp_path / "v.json").write_text('{"DPO": {"alpha": 0}, "other": {"prompts": "revise"}}')
+    done(*compared(tmp_path / "out", "--variants", tmp_path / "v.json", "--max-length", 134))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "learned by other" in page and "learned by DPO" not in page
+
+
 def test_variants_and_a_judge_of_ones_own_outlive_an_interruption(tmp_path, monkeypatch):
     """With the tiny model, whose own learning rate must come back."""
     monkeypatch.chdir(tmp_path)
