@@ -52,6 +52,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -66,6 +67,7 @@ from typing import Literal, get_args, get_origin
 
 if __name__ == "__main__":  # what follows takes some seconds
     print("loading …", file=sys.stderr)
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tqdm complains in a notebook without ipywidgets
     from tqdm.auto import tqdm
@@ -2207,7 +2209,7 @@ def prompt_quality(pairs, name):
     if high < 0.5:
         say("warning: rejected responses get higher rewards: are better and worse swapped?")
     elif low <= 0.5:
-        say("warning: no better than chance; see --check-prompts, write prompts or use --alpha 0")
+        say("warning: no better than chance on these pairs; try other --prompts, or --alpha 0")
     return share, low
 
 
@@ -2223,7 +2225,8 @@ def check_prompts(s):
     need(found, f"{s.data}: no pair is left to measure")
     best = max(found, key=found.get)
     helps = found[best][1] > 0.5
-    say(f"use --prompts {best}" if helps else "none of them helps here: use --alpha 0")
+    none = "none is better than chance on these pairs: give more, write prompts or use --alpha 0"
+    say(f"use --prompts {best}" if helps else none)
 
 
 # What a run folder holds while it trains: settings.json, the untrained model in reference/, the
@@ -2575,4 +2578,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)
     sys.exit(main())
