@@ -32,6 +32,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -2541,6 +2542,14 @@ def test_a_freed_tensor_leaves_its_memory_to_the_next():
         pytest.skip("not glibc")
     found = subprocess.run([sys.executable, "-c", COUNT], cwd=HERE, capture_output=True, text=True)
     assert sum(map(int, found.stdout.split()[10:])) < 5 * 2**14, found
+
+
+def test_ctrl_c_while_it_loads_its_libraries_shows_no_traceback():
+    options = {"stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    with subprocess.Popen([sys.executable, treg.__file__], **options) as process:
+        assert process.stderr.readline() == "loading …\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
 
 
 def test_control_characters_are_shown_and_not_obeyed(tmp_path):

@@ -65,9 +65,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-if __name__ == "__main__":  # what follows takes some seconds
+if __name__ == "__main__":  # what follows takes some seconds; Ctrl-C ends it without a word
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)
     print("loading …", file=sys.stderr)
-    interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tqdm complains in a notebook without ipywidgets
     from tqdm.auto import tqdm
