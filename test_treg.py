@@ -2544,12 +2544,21 @@ def test_a_freed_tensor_leaves_its_memory_to_the_next():
     assert sum(map(int, found.stdout.split()[10:])) < 5 * 2**14, found
 
 
-def test_ctrl_c_while_it_loads_its_libraries_shows_no_traceback():
-    options = {"stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    with subprocess.Popen([sys.executable, treg.__file__], **options) as process:
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signal to one process")
+@pytest.mark.parametrize("loading", [True, False], ids=["while it loads", "later"])
+def test_ctrl_c_ends_it_without_a_traceback(loading, tmp_path):
+    """By the signal itself; later the program catches it, for what it has to say of --resume."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options = {"text": True, "encoding": "utf-8", "cwd": tmp_path}
+    command = [sys.executable, "-u", treg.__file__]
+    with subprocess.Popen(command, **streams, **options) as process:
         assert process.stderr.readline() == "loading …\n"
+        if not loading:
+            assert "split validation" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == ""
+        said = process.stderr.read()
+    wanted = (-signal.SIGINT, "") if loading else (130, "treg.py: stopped\n")
+    assert (process.returncode, said) == wanted
 
 
 def test_control_characters_are_shown_and_not_obeyed(tmp_path):

@@ -66,7 +66,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 if __name__ == "__main__":  # what follows takes some seconds; Ctrl-C ends it without a word
-    interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     print("loading …", file=sys.stderr)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tqdm complains in a notebook without ipywidgets
@@ -203,10 +203,10 @@ def one_line(error):
 
 
 def out_of_memory(error):
-    """Does it say so? A CPU and Apple's GPU have no kind of error for it."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    said = re.search("out of memory|allocate memory", str(error))
-    return isinstance(error, kinds) or bool(said)
+    """Did memory run out? A CPU and Apple's GPU have no kind of error for it, only words."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return bool(re.search("out of memory|allocate memory", str(error)))
 
 
 @contextlib.contextmanager
@@ -455,6 +455,7 @@ def full_attention(model, length):
         return False
     suffixes = ("window", "window_size", "window_len", "attention_chunk_size")
     windows = [value for name, value in settings.items() if name.endswith(suffixes)]
+    # use_sliding_window is found too, and its True is no window of 1
     windowed = any(type(window) is int and 0 < window < length for window in windows)
     if windowed and settings.get("use_sliding_window", True):
         return False
@@ -1369,7 +1370,10 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
 
 
 def encode_pair(tokenizer, pair, style, max_length, marks, find_end):
-    """Set the ids of a pair. -> why it is not trained on, or None."""
+    """Set the ids of a pair. -> why it is not trained on, or None.
+
+    find_end: end_token of this tokenizer, a function of what the template writes after a reply.
+    """
     messages = [*pair.prompt, pair.chosen.message, pair.rejected.message]
     if not all(map(said_in, messages[-2:])):
         return "a blank response"
@@ -1488,8 +1492,10 @@ def sample(model, tokenizer, pairs, seed, more=8):
     A sample may be `more` tokens longer than the longest chosen response of the pairs.
     """
     most = max(len(pair.chosen.ids) for pair in pairs) + more
-    base, texts = unwrapped(model), []
-    own, ends = base.generation_config, all_ends(base, end_tokens(pairs))
+    base = unwrapped(model)
+    own = base.generation_config
+    ends = all_ends(base, end_tokens(pairs))
+    texts = []
     try:
         # the model's own settings (min_p, stop strings …) would bend the distribution
         base.generation_config = transformers.GenerationConfig()
@@ -1748,7 +1754,7 @@ def figure(title, metrics, curves):
 
 # ------------------------------------------------------------------------------ 9 the tiny model
 # From pairs to a small model that follows instructions of one kind: a stand-in for a pre-trained
-# one, so that the whole program runs anywhere in half a minute.
+# one, so that the whole program runs anywhere within a minute.
 
 
 TINY = "(the tiny model)"  # its name, by which its own defaults are found
@@ -2224,9 +2230,11 @@ def check_prompts(s):
             found[name] = prompt_quality(annotated, name)
     need(found, f"{s.data}: no pair is left to measure")
     best = max(found, key=found.get)
-    helps = found[best][1] > 0.5
-    none = "none is better than chance on these pairs: give more, write prompts or use --alpha 0"
-    say(f"use --prompts {best}" if helps else none)
+    _, low = found[best]
+    if low > 0.5:
+        say(f"use --prompts {best}")
+    else:
+        say("none is better than chance on these pairs: give more, write prompts or use --alpha 0")
 
 
 # What a run folder holds while it trains: settings.json, the untrained model in reference/, the
@@ -2503,7 +2511,8 @@ def run_once(s, out, judge):
 
 def save_model(model, tokenizer, out, learned):
     """Write a folder that from_pretrained loads; the model stops at the end tokens it learned."""
-    model.generation_config.eos_token_id = ends = all_ends(model, learned)
+    ends = all_ends(model, learned)
+    model.generation_config.eos_token_id = ends
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
@@ -2578,5 +2587,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGINT, on_interrupt)
     sys.exit(main())
