@@ -2401,7 +2401,7 @@ def test_prompts_that_are_no_better_than_chance_and_a_high_rate_are_warned_of(
 ):
     """--check-prompts measures every style, --alpha 0 or not, and ends with the best one."""
     (tmp_path / "own.json").write_text('{"better": "{prompt} well", "worse": "{prompt} ill"}')
-    found = iter([(0.6, 0.4, 0.7), (0.9, 0.8, 0.95), (0.3, 0.1, 0.4), (0.9, 0.8, 0.95)])
+    found = iter([(0.6, 0.45, 0.7), (0.9, 0.8, 0.95), (0.3, 0.1, 0.4), (0.9, 0.8, 0.95)])
     hats = []
     monkeypatch.setattr(treg, "pair_accuracy", lambda pairs: hats.append(pairs) or next(found))
     flags = ["--check-prompts", "--alpha", 0, "--prompts", tmp_path / "own.json"]
@@ -2410,7 +2410,7 @@ def test_prompts_that_are_no_better_than_chance_and_a_high_rate_are_warned_of(
     assert said.endswith("use --prompts revise\n") and not (tmp_path / "out").exists()
     styles = [treg.sides(pairs)[0].token_rewards for pairs in hats]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(styles, 2))
-    found = itertools.chain(found, itertools.repeat((0.6, 0.4, 0.7)))
+    found = itertools.chain(found, itertools.repeat((0.6, 0.45, 0.7)))
     run = done(*words(tmp_path / "out"))
     assert "chance" not in run
     said = done(*words(tmp_path / "other", *flags))
