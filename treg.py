@@ -380,7 +380,8 @@ class TokenLogps(torch.autograd.Function):
 
 
 def unwrapped(model):
-    """The model itself, where it may stand in LoRA's wrapper."""
+    """The model itself, where it may stand in a wrapper: LoRA's, or one for several GPUs."""
+    model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -426,7 +427,7 @@ def response_logps(model, prompts, responses):
     in the padding; mask is bool. With the attribute model.shares_prompts, which annotate sets, all
     rows go through one pass and share their beginnings; without it each row goes by itself.
     """
-    if getattr(model, "shares_prompts", False):
+    if getattr(unwrapped(model), "shares_prompts", False):
         logps = one_pass(model, prompts, responses)
     else:
         pairs = zip(prompts, responses, strict=True)
@@ -620,10 +621,11 @@ def longest_row(pair):
 
 def set_sharing(model, pairs):
     """Set model.shares_prompts: may rows share beginnings, those of these pairs and all before?"""
-    if getattr(model, "shares_prompts", True):  # once False it stays False
+    base = unwrapped(model)
+    if getattr(base, "shares_prompts", True):  # once False it stays False
         rows = scored_rows(max(pairs, key=longest_row))  # what goes wrong grows with length
-        model.shares_prompts = sharing_is_exact(model, *zip(*rows, strict=True))
-        if not model.shares_prompts:
+        base.shares_prompts = sharing_is_exact(model, *zip(*rows, strict=True))
+        if not base.shares_prompts:
             say("note: this architecture cannot share prompts: each response is computed alone")
 
 
