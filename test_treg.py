@@ -2344,7 +2344,7 @@ FOLDERS = {  # what is saved over a model folder, or a file and its new content;
     "damaged weights": (("model.safetensors", "x"), "cannot be loaded"),
     "a layer missing": (lambda: model_of().config, r"weights missing: .*h\.1\.mlp\.c_fc\.weight"),
     "no tokenizer": (("tok*", None), "tokenizer|load"),
-    "fewer embeddings": (lambda: model_of(vocab_size=99), "tokens, but embeddings of 99"),
+    "fewer embeddings": (lambda: model_of(vocab_size=99), "token 347, but embeddings of 99"),
     "an encoder": (an_encoder, "sees later tokens, as an encoder"),
     "an encoder-decoder": (transformers.T5Config, "is an encoder-decoder"),
 }

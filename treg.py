@@ -546,6 +546,12 @@ def copied(pair):
     return replace(pair, chosen=replace(pair.chosen), rejected=replace(pair.rejected))
 
 
+def need_annotated(pairs):
+    """UserError unless these are what annotate returns."""
+    ready = all(response.ref_logps is not None for response in sides(pairs))
+    need(ready, "the pairs are not annotated; give what annotate returns")
+
+
 def id_lists(responses, name):
     """An attribute that holds token ids, of all responses, as lists."""
     return [getattr(response, name).tolist() for response in responses]
@@ -649,13 +655,20 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     if any(pair.chosen.ids is None for pair in pairs):
         style = read_prompts(s.prompts) if contrastive else None
         pairs = encode(tokenizer, pairs, style, s.max_length)
+    else:
+        changed = {"prompts", "max_length"} & changes.keys()
+        need(not changed, "the pairs are encoded already; to change that give those of load_pairs")
     ready = not contrastive or all(pair.chosen.better_ids is not None for pair in pairs)
     need(ready, "the pairs are encoded without contrastive prompts; give encode a style")
     if not pairs:
         return []
     pairs = [copied(pair) for pair in pairs]
     scorer = reward_model or model
+    largest = max(max(prompt + reply) for pair in pairs for prompt, reply in scored_rows(pair))
     for each in {model, scorer}:
+        size = each.get_input_embeddings().weight.shape[0]
+        what = f"--model {each.name_or_path}: token {largest}, but embeddings of {size}"
+        need(largest < size, f"{what}; the tokenizer is another model's")
         set_sharing(each, pairs)
     make_room(pairs, "ref_logps", "token_rewards")
     for pack in bar(list(packs(pairs, s.pass_tokens)), desc="reference", unit=" passes"):
@@ -794,13 +807,19 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
     settings, changes: it uses those of the loss and of training. heldout: annotated pairs on which
     accuracy and margin are measured up to five times. out: a folder for metrics.jsonl and
     checkpoint.pt; if it has a checkpoint, training goes on from there.
-    UserError: loss, gradient or weights are not finite any more.
+    UserError: loss, gradient or weights are not finite any more; or the pairs, the weights or the
+    checkpoint are not what these settings need.
     """
     s = resolve(settings, model, **changes)
+    need_annotated(pairs)
+    scored = s.alpha == 0 or any(response.token_rewards.any() for response in sides(pairs))
+    need(scored, "all token rewards are 0: the pairs were annotated with alpha 0")
     total = s.epochs * math.ceil(len(pairs) / s.batch_size)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    exact = all(weight.dtype == torch.float32 for weight in weights)
+    need(exact, "weights are not float32, a small step would be rounded away; use model.float()")
     optimizer = torch.optim.AdamW(weights, lr=s.lr, weight_decay=0.0, fused=True)
-    history = resumed(Path(out), model, optimizer) if out else []
+    history = resumed(Path(out), model, optimizer, s) if out else []
     saved = len(history)
     if saved:
         say(f"going on after step {saved} of {total}")
@@ -824,7 +843,7 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
             if out:
                 append(Path(out) / "metrics.jsonl", row)
             if out and (last or (step + 1) % s.save_every == 0):
-                save_checkpoint(Path(out), model, optimizer, history)
+                save_checkpoint(Path(out), model, optimizer, history, s)
                 saved = step + 1
     except KeyboardInterrupt as stop:
         if out:
@@ -841,6 +860,7 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
 @torch.no_grad()
 def measure(model, pairs, s):
     """-> ({metric: an array with a value for each pair}, copies of the pairs with credit)."""
+    need_annotated(pairs)
     pairs = [copied(pair) for pair in pairs]
     make_room(pairs, "credit")
     columns = {}
@@ -876,6 +896,7 @@ def load_pairs(source, split="train"):
 def load_splits(source):
     """All splits of a source, as load_pairs reads them. -> {split: pairs}."""
     splits, bad, bare = {}, [], []  # bare: the rows without a prompt column
+    unused = {}
     for where, row in bar(read_rows(str(source)), desc="read", unit=" rows"):
         try:
             if isinstance(row, bytes):
@@ -886,6 +907,7 @@ def load_splits(source):
             bad.append(f"{where}: {error}")
             continue
         pair.where = where
+        unused |= dict.fromkeys(name for name in row if name not in READ | {*UNREAD})
         if all(given(row, name) is None for name in PROMPT_COLUMNS):
             bare.append(where)
         split = given(row, "split")
@@ -894,6 +916,8 @@ def load_splits(source):
         bad += [f"{where}: has no prompt column, as other rows have" for where in bare]
     refuse(bad)
     need(splits, f"{source}: holds no rows to use; a row {WANTED}")
+    if unused:
+        say(f"note: columns that are not used: {shorten(', '.join(map(str, unused)))}")
     return splits
 
 
@@ -974,10 +998,14 @@ def without_twins(items):
 # From a row to a pair. Every format ends in the same: messages before, and two last messages.
 WANTED = "needs chosen and rejected, and prompt"
 PROMPT_COLUMNS = ("prompt", "instruction", "question")
-ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM = ("system", "developer")
+ROLES = (*SYSTEM, "user", "assistant", "tool")
 # columns of formats that are not read here, and that would change what the model sees
 UNREAD = ("query", "problem", "messages", "context", "system_prompt", "documents", "functions")
-UNREAD += ("image", "images", "videos", "audio", "chat_template_kwargs")
+UNREAD += ("image", "images", "videos", "audio", "chat_template_kwargs", "conversations")
+UNREAD += ("passage", "document", "system_message", "initial_reason_steps")
+READ = {*PROMPT_COLUMNS, "chosen", "rejected", "input", "system", "history", "tools"}
+READ |= {"chosen_errors", "rejected_errors", "answers", "split"}
 # a list of messages that csv has turned into text
 LISTED = re.compile(r"""(?s)\s*\[?\s*\{(?=.*['"](role|from)['"]:)(?=.*['"](content|value)['"]:)""")
 
@@ -1126,7 +1154,7 @@ def read_prompt(row):
         turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n\n{extra}"}
     before = []
     if given(row, "system") is not None:
-        twice = any(turn["role"] in ("system", "developer") for turn in turns)
+        twice = any(turn["role"] in SYSTEM for turn in turns)
         need(not twice, "has two system messages; take one of them out")
         before.append({"role": "system", "content": read_text(row["system"], "system")})
     wanted = "[user's text, assistant's]"
@@ -1152,8 +1180,7 @@ def agreed(prompt, shared):
         return shared
     if prompt[len(prompt) - len(shared) :] == shared:
         return prompt
-    systems = ("system", "developer")
-    if all(m["role"] in systems for m in prompt) and shared[0]["role"] not in systems:
+    if all(m["role"] in SYSTEM for m in prompt) and shared[0]["role"] not in SYSTEM:
         return prompt + shared
     raise UserError("prompt and the messages before the last say different things")
 
@@ -1196,6 +1223,17 @@ def merged(messages):
     return rest
 
 
+def parsed(message):
+    """A message with the arguments of its tool calls as objects, where JSON has them as text."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            arguments = json.loads(call["function"]["arguments"])
+            call = {**call, "function": {**call["function"], "arguments": arguments}}
+        calls.append(call)
+    return {**message, "tool_calls": calls} if calls else message
+
+
 def as_parts(message):
     """A message for a template that takes no text as content, but a list of parts."""
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
@@ -1209,11 +1247,12 @@ def in_template(tokenizer, messages, reply, tools=None):
     """
     render = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
     ways = [messages]
-    if messages[0]["role"] in ("system", "developer"):
+    if messages[0]["role"] in SYSTEM:
         ways.append(merged(messages))
     mark = {"role": "assistant", "content": SNOWMAN}
     problems = []
-    for shape, way in itertools.product((dict, as_parts), ways):
+    # dict: as the row has it; few templates want arguments as text
+    for shape, way in itertools.product((parsed, dict, as_parts), ways):
         prompt = [shape(message) for message in way]
         try:
             whole = render([*prompt, shape(reply)])
@@ -1222,19 +1261,37 @@ def in_template(tokenizer, messages, reply, tools=None):
         except Exception as error:  # jinja has many
             problems.append(f"the chat template refuses it: {one_line(error)}")
             continue
-        lost = left_out([*way, mark], around, tools)
+        said = [parsed(message) for message in way]
+        head, _, tail = around.rpartition(SNOWMAN)
+        words = way[-1]["content"].strip()
+        asked = head.rfind(words) + len(words)  # the template's own words begin here
+        lost = left_out([*said, mark], around, tools)
         if repr(as_parts(mark)["content"]) in around:
             lost = "what is text in a list of parts"  # it writes the list as Python does
+        elif lost and said[0]["role"] in SYSTEM and not left_out(said, opened, tools):
+            # Mistral's write the system message into the user's, if that is the last message
+            body = whole[len(head) : len(whole) - len(tail)]
+            if whole == head + body + tail and not left_out([*said[1:], mark], around, tools):
+                return opened[: opened.rfind(words) + len(words)] + head[asked:], body, tail
         if lost:
             problems.append(f"the chat template leaves out {lost}")
             continue
-        head, _, tail = around.rpartition(SNOWMAN)
         if not whole.endswith(tail):  # a tool call may end otherwise than an answer
-            tail = whole[max(map(whole.rfind, special_tokens(tokenizer)), default=len(whole)) :]
-        words = way[-1]["content"].strip()
-        asked = head.rfind(words) + len(words)  # the template's own words begin here
-        return *split_reply(whole, head, tail, opened, asked, reply), tail
+            tail = last_token(tokenizer, whole, opened)
+        return *split_reply(whole, head, tail, opened, asked, parsed(reply)), tail
     raise UserError(problems[0])
+
+
+def last_token(tokenizer, whole, opened):
+    """The end of a rendering from its last special token on.
+
+    Without the generation prompt that some templates write even there; opened has it.
+    """
+    special = special_tokens(tokenizer)
+    same = os.path.commonprefix([whole[::-1], opened[::-1]])[::-1]
+    stop = len(whole) - len(same) if any(token in same for token in special) else len(whole)
+    places = [whole.rfind(token, 0, stop) for token in special]
+    return whole[max([place for place in places if place >= 0], default=len(whole)) :]
 
 
 def split_reply(whole, head, tail, opened, asked, reply):
@@ -1250,19 +1307,21 @@ def split_reply(whole, head, tail, opened, asked, reply):
     """
     text = reply["content"].strip()
     tag = re.match(r"(<[^<>\s]+>|\[[A-Z_]+\])?", text)[0]  # such as <think>
+    closing = tag and f"{tag[0]}/{tag[1:]}"
     for prompt in (head, opened):
         body = whole[len(prompt) : len(whole) - len(tail)]
         turn = prompt[asked:] + body
-        once = not tag or turn.count(tag) == text.count(tag)
+        once = all(turn.count(each) == text.count(each) for each in (tag, closing) if each)
         if whole == prompt + body + tail and once and not left_out([reply], turn):
             return prompt, body
     lost = left_out([{**reply, "content": ""}], "")
     need(not lost, f"the chat template leaves out {lost}")
     # the third kind: the reply as it is, after the prompt that the model is given; without the
-    # empty block of thoughts that some write even there
+    # empty block of thoughts, or its end alone, that some write even there
     prompt = opened if opened.startswith(head) else head
-    if tag and f"{tag[0]}/{tag[1:]}" in prompt[asked:]:
-        prompt = prompt[: prompt.rindex(tag)]
+    block = tag and re.search(rf"({re.escape(tag)}\s*)?{re.escape(closing)}", prompt[asked:])
+    if block:
+        prompt = prompt[: asked + block.start()]
     if tag and prompt.rstrip().endswith(tag):  # what the prompt has opened is not written twice
         text = text.removeprefix(tag)
         text = text.removeprefix("\n") if prompt.endswith("\n") else text
@@ -1285,11 +1344,16 @@ def left_out(messages, text, tools=None):
     return None
 
 
+SWITCH = re.compile(r"(?<!\S)/(?:no_)?think(?!\S)")
+
+
 def said_in(message):
     """All that a template must write of a message. -> [(name of the field, text)]."""
     names = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
-    texts = [(name, text.strip()) for name in names for text in texts_in(message.get(name))]
-    return [(name, text) for name, text in texts if text]
+    texts = [(name, text) for name in names for text in texts_in(message.get(name))]
+    # /no_think is a switch, which some templates take out
+    parts = [(name, part) for name, text in texts for part in SWITCH.split(text)]
+    return [(name, part.strip()) for name, part in parts if part.strip()]
 
 
 def texts_in(value):
@@ -1342,15 +1406,20 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
         # with the BOS before it if this tokenizer puts one before any text
         begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = "{{ bos_token }}" + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
+        say("note: the tokenizer has no chat template; it gets a plain one, User: … Assistant: …")
     own = [token for token in special_tokens(tokenizer) if not THOUGHTS.fullmatch(token)]
-    marks = "|".join([MARKS, *map(re.escape, sorted(own, key=len, reverse=True))])
+    own.sort(key=len, reverse=True)
+    marks = "|".join([MARKS, *map(re.escape, own)])
+    # of its own only what ends turns: <filename> is one of SmolLM2's, and may end a sentence
+    known = f"{tokenizer.eos_token} {tokenizer.chat_template}"
+    ends = "|".join([MARKS, *(re.escape(token) for token in own if token in known)])
     find_end = lru_cache(partial(end_token, tokenizer))  # a tokenizer may have thousands to try
     dropped, cleaned, bad, encoded = Counter(), 0, [], []
     for pair in bar(pairs, desc="encode", unit=" pairs"):
         pair = copied(pair)
         for response in sides([pair]):
             text = response.text
-            while end := re.search(rf"({marks})\s*\Z", text):
+            while end := re.search(rf"({ends})\s*\Z", text):
                 text = text[: end.start()].rstrip()
             cleaned += text != response.text
             response.message = {**response.message, "content": text}
@@ -1381,7 +1450,7 @@ def encode_pair(tokenizer, pair, style, max_length, marks, find_end):
         return "a blank response"
     texts = [text for message in messages for _, text in said_in(message)]
     if found := re.search(marks, "\n".join(texts)):
-        return f"holds {found[0]}, of a chat template; give texts without one"
+        return f"holds {found[0]}, a special token or of a chat template; give texts without"
     for response in sides([pair]):
         encode_response(tokenizer, pair, response, style, find_end)
     chosen, rejected = (r.prompt_ids.tolist() + r.ids.tolist() for r in sides([pair]))
@@ -1671,11 +1740,19 @@ def token_box(text, value, scale, error=False):
 
 def token_texts(tokenizer, ids):
     """What each token adds to the text; ◌ for one whose character a later token completes."""
-    texts, before = [], ""
-    for length in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+
+    def text_of(start, stop):
+        return tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
+
+    # beside the last tokens alone: beside all of them the time would be the square of their number
+    texts, start, done = [], 0, 0
+    for stop in range(1, len(ids) + 1):
+        before, text = (text_of(start, end).rstrip("\ufffd") for end in (done, stop))
         texts.append(text[len(before) :].replace("\n", "⏎") or "◌")
-        before = text
+        if len(text) > len(before):
+            if not text_of(done, stop).startswith("\ufffd"):  # part of a character
+                start = done
+            done = stop
     return texts
 
 
@@ -1817,8 +1894,9 @@ def tiny_tokenizer(pairs):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(texts, trainer)
+    ends = {"eos_token": "<|end|>", "pad_token": "<|end|>"}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>"
+        tokenizer_object=bpe, chat_template=PLAIN_TEMPLATE, **ends
     )
 
 
@@ -2143,14 +2221,14 @@ def load_model(name, checkpointing=False):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         need(not config.is_encoder_decoder, f"{where}: is an encoder-decoder; name a causal model")
+        whole = getattr(config, "quantization_config", None) is None
+        need(whole, f"{where}: is quantised and cannot be trained; name it in full precision")
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
-        size = model.get_input_embeddings().weight.shape[0]
     lost = ", ".join(sorted(loaded["missing_keys"]))  # they would be random numbers
     need(not lost, f"{where}: weights missing: {lost}")
     need(tokenizer("a", add_special_tokens=False)["input_ids"], f"{where}: no tokenizer")
-    need(len(tokenizer) <= size, f"{where}: {len(tokenizer)} tokens, but embeddings of {size}")
     if not tokenizer.is_fast:
         say("note: this tokenizer gives no offsets, so there are no credit figures")
     model.to(best_device()).eval()
@@ -2179,6 +2257,22 @@ def checkpoint_layers(model, where):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
+def held_out(pairs, holdout):
+    """-> (pairs to train on, pairs to evaluate on). All pairs of one prompt are on one side."""
+    count = int(holdout if holdout >= 1 else holdout * len(pairs))
+    prompts = {}
+    for i, pair in enumerate(pairs):
+        prompts.setdefault(repr(pair.prompt), []).append(i)
+    groups, taken = [*prompts.values()], set()
+    for group in np.random.default_rng(0).permutation(len(groups)):  # seeds share a test
+        if len(taken) + len(groups[group]) <= count:
+            taken.update(groups[group])
+    both = [], []
+    for i, pair in enumerate(pairs):
+        both[i in taken].append(pair)
+    return both
+
+
 def load_all(s):
     """-> (model, tokenizer, pairs to train on, pairs to evaluate on); none is encoded yet."""
     splits = load_splits(s.data)
@@ -2188,10 +2282,7 @@ def load_all(s):
     for name in sorted({*splits} - used):
         say(f"note: {len(splits[name])} rows of split {name} are not used")
     if not test:
-        count = int(s.holdout if s.holdout >= 1 else s.holdout * len(pairs))
-        order = np.random.default_rng(0).permutation(len(pairs))  # not --seed: seeds share a test
-        test = [pairs[i] for i in sorted(order[:count])]
-        pairs = [pairs[i] for i in sorted(order[count:])]
+        pairs, test = held_out(pairs, s.holdout)
     need(pairs, f"{s.data}: --holdout {s.holdout:g} and other splits leave no pair to train on")
     if s.model:
         say(f"loading {s.model} …")
@@ -2283,16 +2374,16 @@ def read(path, device="cpu"):
         return [json.loads(line) for line in text.splitlines()]
 
 
-def save_checkpoint(folder, model, optimizer, history):
+def save_checkpoint(folder, model, optimizer, history, s):
     """Write what training needs to go on."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-    write(folder / "checkpoint.pt", state)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    write(folder / "checkpoint.pt", {**state, "history": history, "settings": asdict(s)})
 
 
-def resumed(folder, model, optimizer):
+def resumed(folder, model, optimizer, s):
     """Take weights and the optimiser's state from a folder's checkpoint. -> the history till then.
 
-    Without a checkpoint training begins.
+    Without a checkpoint training begins. UserError: it is of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
@@ -2300,6 +2391,8 @@ def resumed(folder, model, optimizer):
     if path.exists():
         state = read(path, model.device)
         with loading(path):
+            other = [name for name, value in asdict(s).items() if state["settings"][name] != value]
+            need(not other, f"{path}: is of another {', '.join(other)}; give another out")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             history = state["history"]
