@@ -14,12 +14,10 @@ out". Every helper stands once.
 import codecs
 import contextlib
 import copy
-import csv
 import ctypes
 import datetime
 import functools
 import gzip
-import importlib.machinery
 import importlib.util
 import inspect
 import io
@@ -347,10 +345,8 @@ METHOD = {name: test for name, test in globals().items() if name.startswith("tes
 for method_test in METHOD.values():
     method_test.method = True  # pytest -k finds attributes as it finds names
 
-PUBLIC = (
-    *("contrastive_prompts", "token_rewards", "dpo_rewards", "simpo_rewards", "treg_loss"),
-    *("response_logps", "annotate", "load_pairs", "credit_auroc"),
-)
+PUBLIC = ["contrastive_prompts", "token_rewards", "dpo_rewards", "simpo_rewards", "treg_loss"]
+PUBLIC += ["response_logps", "annotate", "load_pairs", "credit_auroc"]
 CRASHES = {  # words of an exception: what to look at
     "require grad|used in the graph": "no gradient reaches log π: detached, or under no_grad?",
     "in-place operation": "do not write into the arguments: they are the caller's",
@@ -368,9 +364,8 @@ def in_short(test):
 
     @functools.wraps(test)
     def short(**values):
-        hint = None
         try:
-            test(**values)
+            return test(**values)
         except AssertionError as error:
             hint = str(error)
         except Exception as error:
@@ -379,22 +374,20 @@ def in_short(test):
             known = [hint for words, hint in CRASHES.items() if re.search(words, str(error))]
             where = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
             hint = "\n".join([*known[:1], f"{where}: {type(error).__name__}: {error}"])
-        if hint is not None:
-            pytest.fail("\n".join(hint.splitlines()[:3]), pytrace=False)
+        return pytest.fail("\n".join(hint.splitlines()[:3]), pytrace=False)
 
     return short
 
 
 def graded(path):
     """-> treg with a student's public functions in place of its own, or a whole copy, changed."""
-    loader = importlib.machinery.SourceFileLoader("student", str(Path(path).resolve()))
-    spec = importlib.util.spec_from_loader("student", loader)
-    student = sys.modules["student"] = importlib.util.module_from_spec(spec)
+    student = sys.modules["student"] = types.ModuleType("student")
+    student.__file__ = str(Path(path).resolve())
     try:
-        loader.exec_module(student)
+        exec(compile(Path(path).read_bytes(), student.__file__, "exec"), vars(student))
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        line = [f", line {frame.lineno}" for frame in frames if frame.filename == loader.path][-1:]
+        line = [f", line {f.lineno}" for f in frames if f.filename == student.__file__][-1:]
         reason = f"TREG={path}{''.join(line)}: {type(error).__name__}: {error}"
         raise pytest.Collector.CollectError(reason) from None
     ours = vars(treg)
@@ -413,9 +406,7 @@ def graded(path):
 if "TREG" in os.environ:
     treg = graded(os.environ["TREG"])
     globals().update({name: in_short(test) for name, test in METHOD.items()})
-not_graded = pytest.mark.skipif(
-    "TREG" in os.environ, reason="treg.py's own way; others are right too"
-)
+not_graded = pytest.mark.skipif("TREG" in os.environ, reason="others' ways are right too")
 
 
 @not_graded
@@ -461,62 +452,41 @@ def treg_loss(chosen, rejected, chosen_hat, rejected_hat, alpha, gamma=0.0, weig
     agree = agree + torch.einsum("bt,bt->b", rejected_hat, rejected)
     return F.softplus(-z) - alpha * w * agree, z
 """
-LATE = ").sigmoid().masked_fill(mask == 0, 0.5).logit()"
-# function: what is right in STUDENT, a mistake for it, the test that catches it, words of its hint
-WRONG = {
-    "contrastive_prompts": [
-        ('("better", "worse")', '("worse", "better")', "last_user", "are they swapped"),
-        ("dict(m) for", "m for", "last_user", "did you write into them"),
-        ("prompt] for _", "prompt[: last + 1]] for _", "last_user", "after the last *user*"),
-        ("return copies", "return texts", "last_user", "as many messages as before"),
-        ("[style] if isinstance(style, str) else style", "[style]", "literally", "itself a dict"),
-        ("][-1]", "][0]", "last_user", "no other"),
-        (".split", '.replace("{response}", response).split', "literally", "in one pass"),
-    ],
-    "token_rewards": [
-        (" - 1 / 2", "", "rewards_by_hand", "is ½ subtracted"),
-        ("better_logps - worse", "worse_logps - better", "rewards_by_hand", "swapped"),
-        ("worse_logps)", "worse_logps).float()", "rewards_by_hand", "as exact as float32"),
-        ("mask == 0", "1 - mask", "rewards_by_hand", "a mask may be bool, int or float"),
-        ("mask == 0", "~mask", "padding", "a mask may be bool, int or float"),
-        (".masked_fill(mask == 0, 0)", " * mask", "padding", "NaN × 0 is NaN"),
-        (").masked_fill(mask == 0, 0)", LATE, "padding", "mask before σ"),
-        ("d =", "worse_logps[mask == 0] = 0; d =", "padding", "must not change"),
-        ("torch.exp(-d)", "worse_logps.exp() / better_logps.exp()", "bounded", "difference first"),
-    ],
-    "dpo_rewards": [
-        ("beta * logps - beta * ref", "logps - ref", "rewards_by_hand", "is β there"),
-        (" - beta * ref_logps.detach()", "", "rewards_by_hand", "is the reference subtracted"),
-        ("* logps -", "* logps.detach() -", "rewards_by_hand", "no gradient reaches log π"),
-        (".masked_fill(mask == 0, 0)", " * mask", "padding", "NaN × 0 is NaN"),
-        (".masked_fill(mask == 0, 0)", ".sum(dim=1)", "rewards_by_hand", "expected (2, 2)"),
-    ],
-    "simpo_rewards": [
-        (".unsqueeze(1)", "", "simpo", "keepdim where a row is divided"),
-        ("(mask != 0)", "torch.ones_like(mask)", "simpo", "not in the batch"),
-        (".clamp(min=1)", "", "simpo", "0 / 0 is NaN"),
-    ],
-    "treg_loss": [
-        ("chosen.sum(dim=1) - rejected", "rejected.sum(dim=1) - chosen", "by_hand", "swapped"),
-        ("chosen.sum(dim=1) - rejected", "(chosen - rejected)", "identity", "T differs between"),
-        ("w * agree, z", "(w * agree).mean(), z", "identity", "L of one pair of two"),
-        ("- gamma", "+ gamma", "gamma", "is γ subtracted"),
-        ("agree, z", "agree, z + gamma", "gamma", "in the returned margin too"),
-        ("agree, z", "agree", "by_hand", "returns (loss, margin)"),
-        ("F.softplus(-z) - ", "F.softplus(-z).mean() - ", "identity", "L of one pair of two"),
-        ("z = chosen", "z = chosen.float()", "by_hand", "as exact as float32"),
-        ("alpha * w", "w", "by_hand", "alpha 0: L = −log σ(z) − α·w·Σ r̂·r: is α there"),
-        ("F.softplus(-z)", "-torch.log(torch.sigmoid(z))", "alpha_zero", "use logsigmoid"),
-        ("torch.sigmoid(-z)", "torch.sigmoid(z)", "by_hand", "not σ(z)"),
-        ("torch.sigmoid(-z)", "torch.sigmoid(-z - gamma)", "gamma", "z has γ in it, once"),
-        ("* agree", "* agree / chosen.shape[1]", "by_hand", "a sum over tokens"),
-        ("agree +", "agree -", "by_hand", "with the same sign"),
-        ("chosen_hat, chosen)", "chosen_hat, chosen.detach())", "by_hand", "and nothing else"),
-        ("chosen_hat, chosen)", "chosen_hat.clamp(-1, 1), chosen)", "identity", "never clamped"),
-        ("torch.no_grad()", "torch.enable_grad()", "by_hand", "did you detach the weight?"),
-        (' if weighting == "sequence" else torch.full_like(z, 0.5)', "", "by_hand", "½ if static"),
-    ],
-}
+# what is right in STUDENT, a mistake for it, the test that catches it, words of its hint
+WRONG = [
+    ('("better", "worse")', '("worse", "better")', "last_user", "are they swapped"),
+    ("dict(m) for", "m for", "last_user", "did you write into them"),
+    ("prompt] for _", "prompt[: last + 1]] for _", "last_user", "after the last *user*"),
+    ("[style] if isinstance(style, str) else style", "[style]", "literally", "itself a dict"),
+    ("][-1]", "][0]", "last_user", "no other"),
+    (".split", '.replace("{response}", response).split', "literally", "in one pass"),
+    (" - 1 / 2", "", "rewards_by_hand", "is ½ subtracted"),
+    ("better_logps - worse", "worse_logps - better", "rewards_by_hand", "swapped"),
+    ("worse_logps)", "worse_logps).float()", "rewards_by_hand", "as exact as float32"),
+    ("mask == 0", "~mask", "padding", "a mask may be bool, int or float"),
+    (".masked_fill(mask == 0, 0)", " * mask", "padding", "NaN × 0 is NaN"),
+    (").m", ").sigmoid().masked_fill(mask == 0, 0.5).logit().m", "padding", "before σ"),
+    ("    d =", "    worse_logps[mask == 0] = 0; d =", "padding", "must not change"),
+    ("torch.exp(-d)", "worse_logps.exp() / better_logps.exp()", "bounded", "difference first"),
+    (" - beta * ref_logps.detach()", "", "rewards_by_hand", "is the reference subtracted"),
+    ("* logps -", "* logps.detach() -", "rewards_by_hand", "no gradient reaches log π"),
+    (".exp(-d)", ".exp(-d)[0]", "rewards_by_hand", "expected (2, 2)"),
+    ("(mask != 0)", "torch.ones_like(mask)", "simpo", "not in the batch"),
+    (".clamp(min=1)", "", "simpo", "0 / 0 is NaN"),
+    ("chosen.sum(dim=1) - rejected", "rejected.sum(dim=1) - chosen", "by_hand", "swapped"),
+    ("chosen.sum(dim=1) - rejected", "(chosen - rejected)", "identity", "T differs between"),
+    ("- gamma", "+ gamma", "gamma", "is γ subtracted"),
+    ("torch.sigmoid(-z)", "torch.sigmoid(z)", "by_hand", "not σ(z)"),
+    ("* agree", "* agree / chosen.shape[1]", "by_hand", "a sum over tokens"),
+    ("agree +", "agree -", "by_hand", "with the same sign"),
+    ("agree, z", "agree, z + gamma", "gamma", "in the returned margin too"),
+    ("agree, z", "agree", "by_hand", "returns (loss, margin)"),
+    ("alpha * w", "w", "by_hand", "alpha 0: L = −log σ(z) − α·w·Σ r̂·r: is α there"),
+    ("F.softplus(-z)", "-torch.log(torch.sigmoid(z))", "alpha_zero", "use logsigmoid"),
+    ("torch.sigmoid(-z)", "torch.sigmoid(-z - gamma)", "gamma", "z has γ in it, once"),
+    ("chosen_hat, chosen)", "chosen_hat.clamp(-1, 1), chosen)", "identity", "never clamped"),
+    ("torch.no_grad()", "torch.enable_grad()", "by_hand", "did you detach the weight?"),
+]
 
 
 def parameters(test):
@@ -552,23 +522,18 @@ def test_correct_code_in_another_style_passes(constant, monkeypatch):
 
 
 @not_graded
-@pytest.mark.parametrize("function", WRONG)
-def test_typical_mistakes_meet_their_hints(function, monkeypatch):
-    head, start, body = STUDENT.partition(f"def {function}(")
-    for right, wrong, test, hint in WRONG[function]:
-        assert right in body, f"{right!r} is not in the correct {function}"
-        name, says = first_failure(head + start + body.replace(right, wrong, 1), monkeypatch)
-        assert test in name and hint in says, f"{wrong!r} for {right!r}: {name}: {says}"
+@pytest.mark.parametrize("right, wrong, test, hint", WRONG)
+def test_typical_mistake_meets_its_hint(right, wrong, test, hint, monkeypatch):
+    assert right in STUDENT
+    name, says = first_failure(STUDENT.replace(right, wrong, 1), monkeypatch)
+    assert test in name and hint in says, f"{name}: {says}"
 
 
 @not_graded
 def test_a_graded_file_gets_short_hints(tmp_path):
     """One function, its weight not detached, in a process of its own."""
-    body = STUDENT.partition("\ndef treg_loss(")[2].replace(
-        "torch.no_grad()", "torch.enable_grad()"
-    )
-    imports = "import torch\nimport torch.nn.functional as F\n"
-    (tmp_path / "student.py").write_text(f"{imports}def treg_loss({body}")
+    imports, loss = re.search(r"(?s)(.*?)def con.*(def treg_loss.*)", STUDENT).groups()
+    (tmp_path / "student.py").write_text(imports + loss.replace("no_grad", "enable_grad"))
     command = [sys.executable, "-m", "pytest", "-q", "-k", "method", "-p", "no:cacheprovider"]
     options = {"capture_output": True, "text": True, "env": os.environ | {"TREG": "student.py"}}
     command += ["--rootdir", HERE, HERE / "test_treg.py"]  # -k finds names of folders too
@@ -610,8 +575,6 @@ SHAPES = [
     "The {object} in the {place} is {size}, {colour} and {material}.",
     "A {colour} {object}, {size} and {material}, waits in the {place}.",
 ]
-
-
 QUESTION = "Describe a {size} {colour} {material} {object} in the {place}."
 
 
@@ -686,14 +649,6 @@ def jsonl(*rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def csv_of(*rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
 def parquet(*rows):
     sink = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
@@ -706,35 +661,28 @@ def read(path, content):
     return [(pair.prompt, pair.chosen.text, pair.rejected.text) for pair in treg.load_pairs(path)]
 
 
-BLANK = {"question": None, "system": math.nan, "input": "", "images": [], "query": " "}
 FORMATS = [  # rows that have their prompt before the responses of TEXTS
     ({"prompt": " Is it?\n", **TEXTS}, [U(" Is it?\n")]),
     ({"instruction": "Add.", "input": "1", **TEXTS}, [U("Add.\n\n1")]),
-    ({"instruction": "Is it?", "input": "", **TEXTS}, ASKED),
-    ({"prompt": ASKED, **talk()}, ASKED),
-    ({"prompt": ASKED, "chosen": A("Yes."), "rejected": "No."}, ASKED),
-    ({"prompt": [U([{"type": "text", "text": "Is it?"}])], **TEXTS}, ASKED),
+    ({"prompt": ASKED, "chosen": [A("Yes.")], "rejected": A("No.")}, ASKED),
+    ({"prompt": [U([{"text": "Is "}, {"type": "text", "text": "it?"}])], **TEXTS}, ASKED),
     ({"prompt": "Is it?", "messages": [*ASKED, A("Yes.")], **talk(*ASKED)}, ASKED),  # UltraFeedback
-    ({"prompt": "Hi", **talk(*LONGER)}, LONGER),  # the same, two turns
+    *[({"prompt": text, **talk(*LONGER)}, LONGER) for text in ("Hi\n", "Is it?")],  # two turns
     (talk(S(""), *ASKED), ASKED),
-    ({"system": " ", "question": "Is it?", **TEXTS}, ASKED),
     # nothing that the prompt does not hold
     ({**ROW, "question": "Is it?", "context": "it"}, ASKED),
-    ({**ROW, **BLANK, "keywords": "a, b", "label": True}, ASKED),
-    ({"prompt": LONGER, **TEXTS}, LONGER),
+    ({**ROW, "system": math.nan, "input": " ", "images": [], "query": {}, "label": True}, ASKED),
     (talk(*LONGER), LONGER),
     ({"instruction": "Is it?", "history": [["Hi", "Hello"]], **TEXTS}, LONGER),
     ({"prompt": CALLED, **TEXTS}, CALLED),
-    *[(hh(text), LONGER) for text in (HH, HH + " ", HH.lstrip(), HH.replace("\n", "\r\n") + " ")],
-    *[({"prompt": text, **TEXTS}, LONGER) for text in (HH, HH.removesuffix("Assistant:"))],
+    (hh(HH.replace("\n", "\r\n") + " "), LONGER),
+    ({"prompt": HH.removesuffix("Assistant:"), **TEXTS}, LONGER),
     ({"prompt": HH + " ", "chosen": " Yes.\n", "rejected": " No."}, LONGER),
     ({"prompt": HH, **hh(HH + " ")}, LONGER),
     (hh("Human: Is it?\nAssistant: "), ASKED),
     ({"prompt": [S("s"), *ASKED], **talk(*ASKED)}, [S("s"), *ASKED]),
-    ({"prompt": [S("s")], **talk(*ASKED)}, [S("s"), *ASKED]),
     ({"system": "s", "question": "Is it?", **TEXTS}, [S("s"), *ASKED]),  # Orca
     ({"system": "s", **talk(*ASKED)}, [S("s"), *ASKED]),
-    ({"system": "s", **hh("Human: Is it?\n\nAssistant:")}, [S("s"), *ASKED]),
 ]
 
 
@@ -747,19 +695,18 @@ def test_calls_thoughts_tools_spans_answers_and_places_come_along(tmp_path):
     call, tools = A("", tool_calls=CALL, reasoning_content="Hm."), [{"name": "look"}]
     first = {"prompt": ASKED, "chosen": [call], "rejected": "No.", "tools": json.dumps(tools)}
     second = {**ROW, "chosen_errors": [[0, 1], [2, 4]], "answers": "Yes.", "tools": tools}
-    path = tmp_path / "p.jsonl"
-    path.write_bytes(b"\n" + jsonl(first, second, {**ROW, "answers": '["a", "b"]'}))
+    third, path = {**ROW, "answers": '["a", "b"]', "chosen_errors": []}, tmp_path / "p.jsonl"
+    path.write_bytes(b"\n" + jsonl(first, second, third))
     first, second, third = treg.load_pairs(path)
     assert first.chosen.message == call and first.tools == second.tools == tools
-    assert second.chosen.errors == [[0, 1], [2, 4]]
+    assert (second.chosen.errors, third.chosen.errors) == ([[0, 1], [2, 4]], [])
     assert (second.answers, third.answers) == (["Yes."], ["a", "b"])
     assert [first.where, second.where] == [f"{path}:2", f"{path}:3"]
 
 
-GOOD = [
-    {"prompt": f"Is {n} “a”?", "chosen": f"{n}, \\ 🙂", "rejected": f'N\n"{n}"'} for n in range(4)
-]
-TABLE = csv_of(*GOOD)
+GOOD = [{"prompt": f"“{n}”", "chosen": f"{n}, \\ 🙂", "rejected": f'N\n"{n}"'} for n in range(4)]
+LINES = [f'“{n}”,"{n}, \\ 🙂","N\n""{n}"""\n' for n in range(4)]
+TABLE = "".join(["prompt,chosen,rejected\n", *LINES]).encode()
 FILES = [("p.jsonl", jsonl(*GOOD)), ("p.json", json.dumps(GOOD).encode()), ("p.csv", TABLE)]
 FILES += [("p.json", jsonl(*GOOD)), ("p[1].parquet", parquet(*GOOD))]
 
@@ -779,38 +726,28 @@ def test_gzip_byte_order_mark_crlf_and_blank_lines_change_nothing(name, content,
 
 def test_parquet_fills_no_null_into_a_call_and_its_times_become_text(tmp_path):
     """Arrow has one form for all rows: an argument of one call is null in all others."""
-    rows = []
+    path, at, rows = tmp_path / "p.parquet", datetime.datetime(2026, 1, 2), []
     for arguments in ({"bird": "crow"}, {"n": 7}):
-        call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
-        tools = [{"name": "look", "parameters": arguments}]
-        at = datetime.datetime(2026, 1, 2)
-        rows.append({**ROW, "prompt": [U("Is it?", at=at)], "chosen": [A("", tool_calls=[call])]})
-        rows[-1] |= {"rejected": [A("No.")], "tools": tools}
-    (tmp_path / "p.parquet").write_bytes(parquet(*rows))
-    for row, pair in zip(rows, treg.load_pairs(tmp_path / "p.parquet"), strict=True):
-        assert pair.chosen.message == row["chosen"][0] and pair.tools == row["tools"]
+        look = {"name": "look", "arguments": arguments}
+        chosen = A("", tool_calls=[{"function": look}])
+        rows.append({**ROW, "prompt": U("Is it?", at=at), "chosen": chosen, "tools": [look]})
+    path.write_bytes(parquet(*rows))
+    for row, pair in zip(rows, treg.load_pairs(path), strict=True):
+        assert pair.chosen.message == row["chosen"] and pair.tools == row["tools"]
         assert pair.prompt == [U("Is it?", at="2026-01-02 00:00:00")]
-    for text in (b"Yes.", datetime.datetime(2026, 1, 2), [A(b"Yes.")]):  # not as str() has it
-        (tmp_path / "p.parquet").write_bytes(
-            parquet({"prompt": "a", "chosen": text, "rejected": "b"})
-        )
-        with pytest.raises(treg.UserError, match="chosen must be text"):
-            treg.load_pairs(tmp_path / "p.parquet")
 
 
 def test_csv_cell_stays_the_text_that_it_is(tmp_path):
     path, right = tmp_path / "p.csv", [([U("null")], "NA", "007")]
-    assert read(path, b"prompt,chosen,rejected\r\nnull,NA,007\r\n") == right
     assert read(path, b",prompt,chosen,rejected\n0,null,NA,007\n") == right, "pandas' index"
-    assert read(path, b"prompt,chosen,rejected,,\nnull,NA,007,,\n") == right
+    assert read(path, b"prompt,chosen,rejected,,\r\nnull,NA,007,,\r\n") == right
 
 
 def test_data_that_is_no_file_is_asked_of_the_hub(monkeypatch):
     hub = {"train": [ROW], "test": [ROW] * 2}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
-    splits = treg.load_splits("some/data")
-    assert {name: len(pairs) for name, pairs in splits.items()} == {"train": 1, "test": 2}
-    assert splits["test"][1].where == "some/data:test row 2"
+    assert treg.load_pairs("some/data", "test")[1].where == "some/data:test row 2"
+    assert len(treg.load_pairs("some/data")) == 1
     del hub["train"]
     with pytest.raises(treg.UserError, match="--data some/data: no split train, only test"):
         treg.load_pairs("some/data")
@@ -820,95 +757,70 @@ def test_data_that_is_no_file_is_asked_of_the_hub(monkeypatch):
 
 
 def test_rows_that_are_left_out_are_counted(tmp_path, capsys):
-    bare = [{**ROW, "chosen": ""}, {**ROW, "rejected": " \n"}]
-    bare.append({"prompt": ASKED, "chosen": [A(" ")], "rejected": [A("No.")]})
-    splits = ["train", None, "", "Train", "dev", "dev"]
-    rows = [{**ROW, "split": split} for split in splits] + bare + [{**ROW, "chosen": "No."}]
+    rows = [{**ROW, "split": split} for split in ("train", None, "", "Train", "dev", "dev")]
+    rows += [{**ROW, "chosen": ""}, {**ROW, "rejected": A(" \n")}, {**ROW, "chosen": "No."}]
     (tmp_path / "p.jsonl").write_bytes(jsonl(*rows))
-    pairs = treg.load_pairs(tmp_path / "p.jsonl")
-    assert len(pairs) == 7 and len(treg.encode(tokenizer_of(), pairs)) == 3
+    pairs, tokenizer = treg.load_pairs(tmp_path / "p.jsonl"), tokenizer_of()
+    encoded = treg.encode(tokenizer, pairs)
+    assert (len(pairs), len(encoded)) == (6, 3)
     said = capsys.readouterr().out
-    assert "3 pairs dropped: a blank response" in said
+    assert "2 pairs dropped: a blank response" in said
     assert "1 pairs dropped: chosen and rejected are the same" in said
     assert "1 rows of split Train" in said and "2 rows of split dev" in said
-    longest = treg.longest_row(treg.encode(tokenizer_of(), pairs)[0])
-    kept = [len(treg.encode(tokenizer_of(), pairs, None, longest - less)) for less in (0, 1)]
+    longest = max(len(r.prompt_ids) + len(r.ids) for r in treg.sides(encoded[:1]))
+    kept = [len(treg.encode(tokenizer, pairs, None, longest - less)) for less in (0, 1)]
     assert kept == [3, 0], "as long as --max-length is not too long"
 
 
-WRONG_ROWS = [{**ROW, "chosen": n} for n in range(3)] + [TEXTS] * 3
+SIX_WRONG = b"{\n" + jsonl(ROW, *[{**ROW, "chosen": n} for n in range(3)], TEXTS, TEXTS)
 MISTAKES = [  # a file's name and content, what the error says after the name
     ("p.txt", b"x", r": .*unknown ending.*\.jsonl"),
-    ("p.jsonl", jsonl(ROW).decode().encode("utf-16"), ":[12]: .*not UTF-8"),
     ("p.jsonl", jsonl(ROW) + b'{"prompt": "caf\xe9"}', ":2: .*not UTF-8"),
     ("p.jsonl", b"[" * 100_000, ":1: not valid JSON"),
     ("p.jsonl", b'{"chosen": "a", "chosen": "b"}', ":1: .*chosen stands twice"),
     ("p.jsonl", jsonl(ROW, talk(*ASKED)), ":2: has no prompt column"),
-    (
-        "p.jsonl",
-        b"{\n" + jsonl(ROW, *WRONG_ROWS),
-        r":1: .*:3: .*:4: .*:5: .*:6: (?!.*:\d).*7 rows in all",
-    ),
+    ("p.jsonl", SIX_WRONG, r":1: .*:3: .*:4: .*:5: .*:6: (?!.*:\d).*1 more, 6 rows in all"),
     ("p.json", b'{"data": []}', ":1: chosen is missing.*found nothing"),
     ("p.json", b'[{"a": 1},\n{"a" 2}\n]', ": not valid json.*line 2"),
     ("p.json", b'[{"a": 1, "a": 2}]', ": not valid json.*a stands twice"),
     ("p.json", b'[{"prompt": "a"}, 7]', ":row 1: .*:row 2: a row is an object"),
     ("p.csv", b"prompt,chosen,rejected\n", ": holds no rows"),
-    ("p.csv", b"prompt;chosen;rejected\na;b;c", ":row 1: .*found prompt;"),
-    ("p.csv", b"a,%s,c\nd,e,f" % (b"b " * 999), ":row 1: chosen is .{,200}$"),
-    ("p.csv", b'prompt,"a\nb"\nc,d', ":row 1: chosen is "),
+    ("p.csv", b'a,"%s\nb"\nc,d' % (b"b " * 999), ":row 1: chosen is .{,200}$"),
     ("p.csv", b"chosen,prompt,chosen\na,b,c", ": not valid csv.*chosen stands twice"),
     ("p.csv", TABLE + b"p,yes, sir,no", ":row 5: more cells than columns"),
-    ("p.csv", TABLE + b"p,yes", ":row 5: rejected is missing"),
     ("p.csv", TABLE + b'p,"yes,no\n', ": not valid csv .*row 5 .*mend"),
     ("p.csv", TABLE + b"p,caf\xe9,no", ":row 5: .*UTF-8"),
     ("p.jsonl.gz", jsonl(ROW), ": not valid jsonl"),
-    ("p.csv.gz", gzip.compress(TABLE)[:-8] + b"1" * 8, ": not valid csv"),
     ("p.parquet", parquet(ROW)[:-9], ": not valid parquet"),
+    ("p.parquet", parquet({**ROW, "chosen": A(b"Yes.")}), ":row 1: chosen must be text"),
 ]
-for write in str, json.dumps:  # messages that csv has turned into text
-    for messages in [*ASKED, A("Yes.")], [{"id": 1, **A("Yes.")}], A("Yes."):
-        row = {**ROW, "chosen": write(messages)}
-        MISTAKES.append(("p.csv", csv_of(row), ":row 1: chosen is a list turned into text"))
 NONE = dict.fromkeys(ROW)  # takes the columns out
-NUMPY = "[{'role': 'user', 'content': 'x'}\n {'role': 'assistant', 'content': 'y'}]"
-OTHER = {"chosen": HH + " x", "rejected": HH.replace("Hello", "Hey") + " y"}
 SPANS = [[2, 2]], [[0, 9]], [[-1, 2]], [[0, 1.0]], [[False, 1]], [[1]], [0], 5, "0"
 FUNCTIONS = 5, ["f"], [{"function": "f"}], [{"function": {"name": None}}], [{"function": {}}]
 CHANGES = [  # what is changed in ROW, how the error goes on after file and line
-    ({"chosen": None}, "chosen is missing.*found prompt, rejected"),
-    ({"chosen": 4}, "chosen must be text"),
-    ({"chosen": "\ud800"}, "chosen must be text.*UTF-8"),
+    *[({side: None}, f"{side} is missing.*found prompt, (chosen|rejected)") for side in TEXTS],
     ({"chosen": A("a", reasoning_content="\ud800")}, ".*must be text.*UTF-8"),
-    ({"chosen": [{"content": "x"}]}, "chosen .*role"),
-    ({"chosen": [message("bot", "x")]}, "chosen .*role"),
-    ({"chosen": ["x"]}, "chosen must be text or messages"),
+    *[({"chosen": [turn]}, "chosen .*role") for turn in ({"content": "x"}, message("bot", "x"))],
     ({"prompt": [A(False), *ASKED]}, "prompt .*content that is text"),
     ({"prompt": [U([{"type": "image"}])]}, "prompt .*content that is text"),
     ({"chosen": A("x", function_call={"name": "f"})}, "chosen .*not function_call"),
     ({"chosen": ASKED}, "chosen must end"),
-    ({**NONE, "chosen": [*LONGER, A("x")], "rejected": [*ASKED, A("y")]}, "chosen and .* up to"),
-    ({**NONE, **OTHER}, "chosen and rejected must be the same up"),
+    ({**NONE, **talk(*LONGER), "rejected": [*ASKED, *LONGER[1:], A("x")]}, "chosen and .* up to"),
     ({"prompt": HH, "chosen": " x\n\nHuman: And?\n\nAssistant: y"}, "a response holds turns"),
     ({**NONE, **hh("\n\nHuman:\n\nAssistant: ")}, "chosen.* blank"),
-    ({"chosen": NUMPY}, "chosen is a list turned into text"),
-    ({"chosen": '[{"role": "x", "content": ' + "[" * 100_000}, "chosen is a list turned into text"),
-    ({**NONE, **TEXTS, "query": "Is it?"}, "has no prompt.*found"),
+    ({"chosen": json.dumps([A("Yes.")], indent=1)}, "chosen is a list turned into text"),
+    ({"chosen": str(A("Yes."))}, "chosen is a list turned into text"),
     ({**NONE, **TEXTS, "messages": ASKED}, "has no prompt.*found"),
-    ({"prompt": " "}, "has no prompt"),
-    ({"prompt": [S("s")]}, "has no prompt"),
     ({"prompt": 0}, "prompt must"),
     ({"prompt": LONGER[:2]}, "has no prompt.*found"),
     ({"prompt": "### Response:\n"}, "prompt ends like"),
-    ({**talk(*ASKED), "prompt": "Is"}, "prompt and the messages before the last say"),
     ({**talk(*LONGER), "prompt": [U("Hm"), *LONGER[1:]]}, "prompt and the messages before .* say"),
     ({"prompt": [S("s"), *ASKED], "system": "t"}, "has two system messages"),
     ({"question": "Was it?"}, "prompt and question say different"),
     ({"input": "1, 2"}, "the column input"),
-    ({**NONE, **TEXTS, "input": "Is it?", "system": "s"}, "the column input"),
     ({**NONE, **TEXTS, "instruction": "Add.", "input": 5}, "input must be text"),
     ({**NONE, **TEXTS, "instruction": [S(" ")], "input": "1"}, "the column input"),
-    ({"history": LONGER[:2]}, "history"),
+    *[({"history": history}, "history must be") for history in (LONGER[:2], [["Hi", 5]])],
     ({"system": 5}, "system must be text"),
     ({"context": "It is."}, "the column context would not be seen"),
     ({"images": ["a.png"]}, "the column images would not be seen"),
@@ -972,9 +884,6 @@ TEMPLATES = {
     "messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}{% endif %}"
     + ALL + USERS + "<s>[INST] {{ (system if loop.first and system) ~ m['content'] }} [/INST]"
     + ANSWER + " {{ m['content'].strip() }} </s>{% endif %}" + ENDFOR,
-    "Llama 3": "<s>" + ALL + "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] | trim }}<|eot_id|>" + ENDFOR + OPEN + "<|start_header_id|>assistant"
-    "<|end_header_id|>\n\n{% endif %}",
     "Gemma": "<s>{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}"
     "{% endif %}" + ALL + "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}<start_of_turn>"
@@ -986,11 +895,9 @@ TEMPLATES = {
     "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}" + ENDFOR + "<|end|>\n" + ENDFOR + OPEN
     + "Assistant:{% endif %}",
 }  # fmt: skip
-SPECIAL = (
-    "<unk> <s> </s> <|im_start|> <|im_end|> <|start|> <|channel|> <|message|> <|end|> <|call|>"
-)
-SPECIAL += " <|return|> <｜User｜> <｜Assistant｜> <|start_header_id|> <|end_header_id|> <|eot_id|>"
-SPECIAL = [*SPECIAL.split(), "<start_of_turn>", "<end_of_turn>"]
+SPECIAL = "<unk> <s> </s> <|im_start|> <|im_end|> <|start|> <|channel|> <|message|> <|end|> "
+SPECIAL += "<|call|> <|return|> <｜User｜> <｜Assistant｜> <|start_header_id|> <|end_header_id|> "
+SPECIAL = [*SPECIAL.split(), "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
 TEXT = ["Name a bird. A crow. A bat is a bird. The user asks: 1, 22, 333. Give an answer! ünïcode"]
 TEXT += ["Be kind.\n\nassistant\nthe cat sat", "<think>\nCrows fly.\n</think>\n\nA crow."]
 TOKENIZERS = ["byte-level BPE", "SentencePiece BPE"]
@@ -1008,9 +915,8 @@ def trained(kind):
         texts = TEXT
     else:  # with a space before every text: Llama 2, Mistral, TinyLlama, Phi-3
         raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-        raw.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        raw.normalizer = normalizers.Sequence(steps)
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         raw.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
         options["special_tokens"] = SPECIAL + [f"<0x{i:02X}>" for i in range(256)]
@@ -1033,11 +939,9 @@ ASK_BIRD, KIND, TALK = U("Name a bird."), S("Be kind."), [U("Hi!"), A("Hello.")]
 THOUGHTS = "<think>\nCrows fly.\n</think>\n\nA crow."
 
 
-def pair_of(
-    chosen="A crow.", prompt=(ASK_BIRD,), rejected="A bat is a bird.", where="x:1", **fields
-):
-    tools = fields.pop("tools", None)
-    both = treg.Response(A(chosen, **fields)), treg.Response(A(rejected))
+def pair_of(chosen="A crow.", prompt=(ASK_BIRD,), rejected="A bat is a bird.", where="x:1", **more):
+    tools = more.pop("tools", None)
+    both = treg.Response(A(chosen, **more)), treg.Response(A(rejected))
     return treg.Pair([*prompt], *both, where, tools)
 
 
@@ -1055,45 +959,39 @@ def scored(template, *args, **fields):
     return tuple(tokenizer.decode(ids) for ids in (response.prompt_ids, response.ids))
 
 
-# Template: (after the user's words, what is scored of a plain answer; the same of an answer with
+# Template: (after the user's words, what is scored of a plain answer …; the same of an answer with
 # thoughts of its own, where it differs).
 IM, R1 = "<|im_end|>\n<|im_start|>assistant\n", "<｜Assistant｜>"
 EMPTY, FINAL = "<think>\n\n</think>\n\n", "<|end|><|start|>assistant<|channel|>final<|message|>"
 TURNS = {
-    "SmolLM2": (IM, "A crow.<|im_end|>"),
-    "Qwen3": (IM + EMPTY, "A crow.<|im_end|>", IM, THOUGHTS + "<|im_end|>"),
+    "SmolLM2": (IM, "…<|im_end|>"),
+    "Qwen3": (IM + EMPTY, "…<|im_end|>", IM, "…<|im_end|>"),
     "Qwen3-Thinking-2507": (
-        IM + EMPTY, "A crow.<|im_end|>", IM + "<think>\n", THOUGHTS[8:] + "<|im_end|>"),
-    "gpt-oss": (FINAL, "A crow.<|return|>"),
-    "DeepSeek-R1-Distill": (R1, "A crow.</s>", R1 + "<think>\n", THOUGHTS[8:] + "</s>"),
-    "Llama 2": (" [/INST]", " A crow. </s>"),  # a space belongs to the word that the model writes
-    "Llama 3": ("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "A crow.<|eot_id|>"),
-    "Gemma": ("<end_of_turn>\n<start_of_turn>model\n", "A crow.<end_of_turn>"),
-    "Phi-3, first": ("<|end|>\n<|assistant|>\n", "A crow.<|end|>"),
-    "SmolVLM": ("<|end|>\nAssistant:", " A crow.<|end|>"),
-    None: ("\n\nAssistant:\n", "A crow.</s>"),
+        IM + EMPTY, "…<|im_end|>", IM + "<think>\n", THOUGHTS[8:] + "<|im_end|>"),
+    "gpt-oss": (FINAL, "…<|return|>"),
+    "DeepSeek-R1-Distill": (R1, "…</s>", R1 + "<think>\n", THOUGHTS[8:] + "</s>"),
+    "Llama 2": (" [/INST]", " … </s>"),  # a space belongs to the word that the model writes
+    "Gemma": ("<end_of_turn>\n<start_of_turn>model\n", "…<end_of_turn>"),
+    "Phi-3, first": ("<|end|>\n<|assistant|>\n", "…<|end|>"),
+    "SmolVLM": ("<|end|>\nAssistant:", " …<|end|>"),
+    None: ("\n\nAssistant:\n", "…</s>"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("template", TURNS)
 def test_prompt_is_what_the_template_writes_before_the_words(template):
-    after, words, after_thoughts, thoughts = (TURNS[template] * 2)[:4]
-    prompt, response = scored(template)
-    assert (prompt.partition("Name a bird.")[2], response) == (after, words), "a plain answer"
-    if len(TURNS[template]) == 2:
-        thoughts = words.replace("A crow.", THOUGHTS)
-    prompt, response = scored(template, THOUGHTS)
-    assert (prompt.partition("Name a bird.")[2], response) == (after_thoughts, thoughts), "thoughts"
+    turn = TURNS[template]
+    for answer, after, words in ("A crow.", *turn[:2]), (THOUGHTS, *turn[-2:]):
+        prompt, response = scored(template, answer)
+        assert prompt.partition("Name a bird.")[2] == after
+        assert response == words.replace("…", answer)
 
 
-ALWAYS_OPEN = CHATML.replace("{{ m['c", "{{ '<think>\n' if m['role'] == 'assistant' }}{{ m['c")
-ALWAYS_EMPTY = ALWAYS_OPEN.replace("<think>\n", EMPTY)
-STRIPPED = TEMPLATES["DeepSeek-R1-Distill"].replace("<think>\n", EMPTY)
-ALWAYS_OPEN = ALWAYS_OPEN.replace(ASK, ASK.replace("assistant\n", "assistant\n<think>\n"))
+ALWAYS_EMPTY = CHATML.replace("{{ m['c", "{{ '" + EMPTY + "' if m['role'] == 'assistant' }}{{ m['c")
 
 
 @pytest.mark.parametrize("text", [THOUGHTS, "\n" + THOUGHTS, "<think>Crows fly.</think>A crow."])
-@pytest.mark.parametrize("template", [*TEMPLATES, ALWAYS_OPEN, ALWAYS_EMPTY, STRIPPED])
+@pytest.mark.parametrize("template", [*TEMPLATES, ALWAYS_EMPTY])
 def test_own_thoughts_get_no_second_block(template, text):
     whole = "".join(scored(template, text))
     assert (whole.count("<think>"), whole.count("</think>")) == (1, 1), whole
@@ -1105,7 +1003,6 @@ ANALYSIS = "<|channel|>analysis<|message|>Crows fly." + FINAL
 FIELDS = {  # template, fields of the message, what is scored
     "Qwen3 reasoning": ("Qwen3", {"reasoning_content": "Crows fly."}, THOUGHTS + "<|im_end|>"),
     "gpt-oss thinking": ("gpt-oss", {"thinking": "Crows fly."}, ANALYSIS + "A crow.<|return|>"),
-    "Qwen3 call": ("Qwen3", {"chosen": "", "tool_calls": CALL}, TOOL_CALLED),
     "Qwen3 words and call": ("Qwen3", {"tool_calls": CALL}, "A crow.\n" + TOOL_CALLED),
     "gpt-oss call": ("gpt-oss", {"chosen": "", "tool_calls": CALL}, COMMENTARY),
 }
@@ -1118,12 +1015,11 @@ def test_thoughts_and_calls_are_written_by_the_template(template, fields, wanted
 
 @pytest.mark.parametrize("template", TURNS)
 def test_system_message_is_seen_whatever_the_template(template):
-    text = scored(template, prompt=[KIND, *TALK, ASK_BIRD])[0]
-    merged = {"Gemma": "<s><start_of_turn>user\n", "Phi-3, first": "<s><|user|>\n"}
-    begins = merged.get(template, text.partition("Be kind.")[0])
-    assert text.startswith(f"{begins}Be kind.") and text.count("Be kind.") == 1
-    assert all(text.count(m["content"]) == 1 for m in [*TALK, ASK_BIRD])
-    assert template not in merged or text.startswith(f"{begins}Be kind.\n\nHi!")
+    messages = [KIND, *TALK, ASK_BIRD]
+    text = scored(template, prompt=messages)[0]
+    assert all(text.count(message["content"]) == 1 for message in messages)
+    if template in ("Gemma", "Phi-3, first"):
+        assert re.match(r"<s>\S*user\S*\nBe kind\.\n\nHi!", text), "merged into the user's first"
 
 
 @pytest.mark.parametrize("system", ["a bird", "crow"])  # words of the user's, of the response
@@ -1133,22 +1029,18 @@ def test_lost_system_message_is_merged_into_the_users_though_its_words_stand_els
         assert prompt.endswith(f"<|user|>\n{system}\n\nName a bird.<|end|>\n<|assistant|>\n")
 
 
-ONLY_NAME = "{% for c in m['tool_calls'] %}{{ c['function']['name'] }}{% endfor %}"
-ONLY_NAME = CHATML.replace("}}<|im_end|>", "}}" + ONLY_NAME + "<|im_end|>")
 CUT = CHATML.replace("m['content']", "m['content'][:9]")  # of a list of parts it writes it all
 SWALLOW = CHATML.replace("{{ m['c", "{{ '' if m['role'] == 'assistant' else m['c")
-BIRD = [{"type": "function", "function": {"name": "bird"}}]
-SEVEN = [{"function": {"name": "look", "arguments": {"n": 7}}}]
+SEVEN = [{"function": {"arguments": {"n": 7}}}]
 LOSES = {  # template, the row, what the refusal names
     "thoughts": ("SmolLM2", {"reasoning_content": "Crows fly."}, "reasoning_content"),
     "earlier thoughts": ("Qwen3", {"prompt": [*TALK, A(THOUGHTS), ASK_BIRD]}, "of the assistant"),
     "the response, not a snowman": (SWALLOW, {"prompt": [U("Draw ☃.")]}, "response|assistant"),
     "a second system message": ("Phi-3, first", {"prompt": [KIND, KIND, ASK_BIRD]}, "system"),
     "a role order": ("Gemma", {"prompt": [ASK_BIRD, ASK_BIRD]}, "must alternate"),
-    "a call's arguments": (ONLY_NAME, {"tool_calls": CALL}, "tool_calls"),
-    "a call's numbers": (ONLY_NAME, {"tool_calls": SEVEN}, "tool_calls"),
+    "a call's numbers": ("SmolLM2", {"tool_calls": SEVEN}, "tool_calls"),
     "a function call": ("SmolLM2", {"function_call": {"name": "look"}}, "function_call"),
-    "a tool named as a word": ("SmolLM2", {"tools": BIRD}, "tool"),
+    "a tool named as a word": ("SmolLM2", {"tools": [{"name": "bird"}]}, "tool"),
     "a text's end": (CUT, {}, "content of the user"),
 }
 
@@ -1166,8 +1058,9 @@ ENDS += " <turn|> [|endofturn|]"
 @pytest.mark.parametrize("template", ["SmolLM2", "Llama 2", "Gemma", None])
 @pytest.mark.parametrize("end", ENDS.split())
 def test_response_gets_exactly_one_end_token(template, end, capsys):
+    words = TURNS[template][1].replace("…", "A crow.")
     for after in ("", "\n", "\n\n" + end):
-        assert scored(template, "A crow." + end + after)[1] == TURNS[template][1], end
+        assert scored(template, "A crow." + end + after)[1] == words
     assert capsys.readouterr().out.count("end token, which was taken off") == 3
 
 
@@ -1177,11 +1070,7 @@ def test_end_token_is_the_templates_though_not_marked_special():
     assert encoded(tokenizer).ids[-1] == tokenizer.convert_tokens_to_ids("<turn>")
 
 
-WRAPPED = ["<|im_start|>user\nHi<|im_end|>", "<s>[INST] Hi [/INST]", "<|user|>\nHi", "<｜User｜>Hi"]
-WRAPPED += ["<start_of_turn>user\nHi<end_of_turn>", "<|turn>user\nHi<turn|>"]
-
-
-@pytest.mark.parametrize("text", WRAPPED)
+@pytest.mark.parametrize("text", ["[INST] Hi", "<|user|>\nHi", "<start_of_turn>u", "<|turn>user"])
 def test_texts_that_have_been_through_a_template_are_dropped(text, capsys):
     thought = pair_of(reasoning_content=text)
     rows = [pair_of(prompt=[U(text)]), pair_of(text + "A crow."), thought, pair_of("<|im_end|>")]
@@ -1190,7 +1079,7 @@ def test_texts_that_have_been_through_a_template_are_dropped(text, capsys):
     assert "3 pairs dropped: holds" in said and "1 pairs dropped: a blank response" in said
 
 
-@pytest.mark.parametrize("template", [None, "Llama 3"])
+@pytest.mark.parametrize("template", [None, "Gemma"])
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_bos_is_written_once(template, adds_bos):
     response = encoded(tokenizer_of(template, adds_bos=adds_bos), style="answer")
@@ -1201,18 +1090,17 @@ def test_bos_is_written_once(template, adds_bos):
 
 
 ANSWERS = ["A crow.", "1, 22 birds!", "ünï ☃", "A\n\n  crow.\n", " A crow.", "```py\n\tx = 1\n```"]
-TALKS = [[ASK_BIRD], [*TALK, ASK_BIRD], [U("a  b:\n")]]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_prompt_and_response_are_the_ids_of_the_whole_conversation(template, kind):
     tokenizer = tokenizer_of(template, kind)
-    for talk, answer in itertools.product(TALKS, ANSWERS):
+    talks = [ASK_BIRD], [*TALK, ASK_BIRD], [U("☃  b:\n")]
+    for talk, answer in itertools.product(talks, ANSWERS):
         messages = [*talk, A(answer)]
         if template == "SmolVLM":
-            parts = [[{"type": "text", "text": m["content"]}] for m in messages]
-            messages = [{**m, "content": c} for m, c in zip(messages, parts, strict=True)]
+            messages = [treg.as_parts(message) for message in messages]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]
         response = encoded(tokenizer, answer, talk)
@@ -1224,8 +1112,7 @@ def test_prompt_and_response_are_the_ids_of_the_whole_conversation(template, kin
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_merge_across_the_boundary_changes_one_token(kind):
-    bare = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer = tokenizer_of(bare, kind)
+    tokenizer = tokenizer_of(ALL + "{{ m['content'] }}" + ENDFOR, kind)
     response = encoded(tokenizer, "ame a bird.", [U("A crow.\nN")])
     found = [*response.prompt_ids.tolist(), *response.ids.tolist()[:-1]]
     whole = tokenizer("A crow.\nName a bird.", add_special_tokens=False)["input_ids"]
@@ -1244,25 +1131,22 @@ def test_a_response_is_encoded_by_itself_where_all_contexts_merge_with_it():
     assert treg.ids_in_context(tokenizer, "ab ", "XYZ") == ([" X", "YZ"], None), "in its context"
 
 
-LABELS = {  # template, text, its bad words, fields
-    "plain": ("SmolLM2", "A crow.", " crow", {}),
-    "trimmed": ("Llama 3", "  A crow. ", " crow", {}),
-    "after a space": ("Llama 2", "A crow.", " crow", {}),
-    "after reasoning": ("Qwen3", "A crow.", " crow", {"reasoning_content": "Crows fly."}),
-    "own thoughts": ("DeepSeek-R1-Distill", THOUGHTS, " crow", {}),
-    "after the same": ("Qwen3", "A crow.", " crow", {"reasoning_content": "A crow."}),
+LABELS = {  # template, text, fields
+    "trimmed": ("Gemma", "  A crow. ", {}),
+    "after a space": ("Llama 2", "A crow.", {}),
+    "own thoughts": ("DeepSeek-R1-Distill", THOUGHTS, {}),
+    "after the same": ("Qwen3", "A crow.", {"reasoning_content": "A crow."}),
 }
 
 
-@pytest.mark.parametrize("template, text, bad, fields", LABELS.values(), ids=LABELS)
-def test_labels_are_on_the_tokens_of_their_words(template, text, bad, fields):
-    tokenizer = tokenizer_of(template)
-    span = [text.rindex(bad), text.rindex(bad) + len(bad)]
-    response = encoded(tokenizer, text, errors=[span], **fields)
-    wrong = [i for i, good in enumerate(response.good.tolist()) if not good]
-    assert tokenizer.decode(response.ids[wrong]) == bad
+@pytest.mark.parametrize("template, text, fields", LABELS.values(), ids=LABELS)
+def test_labels_are_on_the_tokens_of_their_words(template, text, fields):
+    tokenizer, start = tokenizer_of(template), text.rindex(" crow")
+    response = encoded(tokenizer, text, errors=[[start, start + 5]], **fields)
+    [wrong] = torch.where(~response.good)
+    assert tokenizer.decode(response.ids[wrong]) == " crow"
     after = tokenizer.decode(response.ids[wrong[-1] + 1 :])
-    assert after in (".<|im_end|>", ".<|eot_id|>", ". </s>", ".</s>"), "an earlier crow"
+    assert re.fullmatch(r"\. ?<[^<>]+>", after), "an earlier crow"
 
 
 @pytest.mark.parametrize("template", ["Qwen3", "Gemma", "Llama 2", "SmolVLM"])
@@ -1271,8 +1155,8 @@ def test_contrastive_prompts_are_written_like_the_prompt(template):
     response = encoded(tokenizer, THOUGHTS, [KIND, ASK_BIRD], style="revise")
     texts = treg.contrastive_prompts("Name a bird.", THOUGHTS, "revise")
     prompt = tokenizer.decode(response.prompt_ids)
-    for ids, text in zip((response.better_ids, response.worse_ids), texts, strict=True):
-        assert tokenizer.decode(ids) == prompt.replace("Name a bird.", text)
+    found = [tokenizer.decode(ids) for ids in (response.better_ids, response.worse_ids)]
+    assert found == [prompt.replace("Name a bird.", text) for text in texts]
 
 
 def test_the_end_token_is_looked_up_once_for_all_pairs(monkeypatch):
@@ -1295,17 +1179,15 @@ def test_a_long_run_of_spaces_takes_no_quadratic_time():
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
 SIZES |= {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-MOE = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4}
-MOE |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 KINDS = {  # what a small model of these kinds needs besides
-    "gptj": {"rotary_dim": 8}, "codegen": {"rotary_dim": 8, "num_attention_heads": 4},
-    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64, "init_std": 0.2}, "gemma2": {"head_dim": 16},
-    "mixtral": MOE, "qwen2_moe": MOE, "qwen3_next": MOE,
-    "jamba": {**MOE, "use_mamba_kernels": False},
-    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
-    "recurrent_gemma": {"lru_width": 32}, "gpt_neo": {"num_layers": 2},
+    "gptj": {"rotary_dim": 8},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64, "init_std": 0.2},
+    "gemma2": {"head_dim": 16},
+    "mixtral": {"num_experts_per_tok": 2, "num_local_experts": 4},
+    "recurrent_gemma": {"lru_width": 32},
+    "gpt_neo": {"num_layers": 2},
     "ctrl": {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 512, "dff": 48},
-}  # fmt: skip
+}
 
 
 def model_of(kind="gpt2", **changes):
@@ -1325,31 +1207,23 @@ def logps_by_hand(model, prompt, response):
 
 def rows_of(x=24, better=4, worse=6, chosen=9, rejected=12):
     """-> the prompts and responses of a pair, of so many tokens, as annotate scores them."""
-    generator = torch.Generator().manual_seed(0)
-    x, better, worse, chosen, rejected = (
-        torch.randint(3, 60, (length,), generator=generator).tolist()
-        for length in (x, better, worse, chosen, rejected)
-    )
+    ids = torch.randint(3, 60, (5, 99), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths = x, better, worse, chosen, rejected
+    x, better, worse, chosen, rejected = (row[:n] for row, n in zip(ids, lengths, strict=True))
     return [x, x, x + better, x + better, x + worse, x + worse], [chosen, rejected] * 3
 
 
 DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
 LONG = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 LONG = {"rope_scaling": LONG, "original_max_position_embeddings": 64}
-LOCAL = {"attention_types": [[["global", "local"], 1]]}  # a window of 256 nodes of the tree
-SHARES = ["llama", "gpt2", "gptj", "codegen", "gpt_neox_japanese", "opt", "gemma2", "mixtral"]
-ALONE = ["bamba", "bloom", "jamba", "qwen3_next", "recurrent_gemma"]
-SHARING = [(kind, {}, True) for kind in [*SHARES, "qwen2_moe"]]
-SHARING += [(kind, {}, False) for kind in ALONE]
-SHARING += [
-    ("mistral", {"sliding_window": 200}, True),
-    ("mistral", {"sliding_window": 20}, False),
+SHARING = [
+    *((kind, {}, True) for kind in ("llama", "gpt2", "gptj", "opt", "gemma2", "mixtral")),
+    *((kind, {}, False) for kind in ("bloom", "recurrent_gemma")),
     ("gemma2", {"sliding_window": 20}, False),
-    ("qwen2", {"use_sliding_window": False}, True),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 200, "max_window_layers": 0}, True),
     ("llama", DYNAMIC, False),
     ("phi3", LONG, False),
-    ("gpt_neo", LOCAL, False),
+    ("gpt_neo", {"attention_types": [[["global", "local"], 1]]}, False),  # a window in the tree
     ("lfm2", {"layer_types": ["conv", "full_attention"]}, False),
 ]
 
@@ -1371,38 +1245,34 @@ def test_what_no_rule_knows_of_is_found_by_computing(fault):
     model, rows = model_of(), rows_of()
     forward = model.forward
 
-    def faulty(input_ids, logits_to_keep, attention_mask=None, **rest):
+    def faulty(input_ids, attention_mask=None, **rest):
         if fault == "no mask":
             attention_mask = None
         if fault == "a window" and attention_mask is None and input_ids.shape[1] > 40:
             input_ids = torch.full_like(input_ids, 5)
-        found = forward(
-            input_ids, logits_to_keep=logits_to_keep, attention_mask=attention_mask, **rest
-        )
+        found = forward(input_ids, attention_mask=attention_mask, **rest)
         if fault == "the last of the tree" and attention_mask is not None:
-            found.logits[:, logits_to_keep == input_ids.shape[1] - 1] = 0
+            found.logits[:, -1] = 0
         return found
 
     model.forward = faulty
     assert treg.sharing_is_exact(model, *rows) == (fault == "none")
 
 
-def test_a_check_that_runs_out_of_memory_says_nothing_of_the_architecture():
+@pytest.mark.parametrize("words", ["MPS backend out of memory", "CPU: can't allocate memory"])
+def test_a_check_that_runs_out_of_memory_says_nothing_of_the_architecture(words):
+    def forward(**_):
+        raise RuntimeError(words)
+
     model = model_of()
-    for message in ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory"):
-
-        def forward(message=message, **_):
-            raise RuntimeError(message)
-
-        model.forward = forward
-        with pytest.raises(RuntimeError, match=message):
-            treg.sharing_is_exact(model, *rows_of())
+    model.forward = forward
+    with pytest.raises(RuntimeError, match=words):
+        treg.sharing_is_exact(model, *rows_of())
 
 
 def test_a_window_counts_from_the_rows_that_reach_it_and_for_good(capsys):
-    model, tokenizer = model_of("mistral", sliding_window=40), tokenizer_of()
-    assert treg.full_attention(model, 40) and not treg.full_attention(model, 41)
-    model = model_of("mistral", sliding_window=60)
+    model, tokenizer = model_of("mistral", sliding_window=60), tokenizer_of()
+    assert treg.full_attention(model, 60) and not treg.full_attention(model, 61)
     short, long = [pair_of()], [pair_of(), pair_of("A crow. " * 30)]
     for pairs, shares in ((short, True), (long, False), (short, False)):
         treg.annotate(model, tokenizer, pairs, alpha=0.0)
@@ -1462,24 +1332,23 @@ def test_response_logps_are_those_of_each_row_by_itself(kind, large, stem, monke
     monkeypatch.setattr(treg, "LARGE_TREE", large)
     model = model_of(kind)
     rows = [[stem + prompt, response] for prompt, response in IN_ONE_BATCH]
-    wanted = [logps_by_hand(model, *row) for row in rows]
-    weights = [torch.linspace(-1, 1 + i, len(row)) for i, row in enumerate(wanted)]
+    by_hand = [logps_by_hand(model, *row) for row in rows]
+    wanted = torch.nn.utils.rnn.pad_sequence(by_hand, batch_first=True)
+    weights = torch.linspace(-1, 2, wanted.numel()).view_as(wanted)
 
-    def gradient(rows):
+    def gradient(logps):
         model.zero_grad()
-        sum((a[: len(b)] * b).sum() for a, b in zip(rows, weights, strict=True)).backward()
+        (logps * weights).sum().backward()
         return torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
 
-    by_hand = gradient(wanted)
+    exact = gradient(wanted)
     for model.shares_prompts in (False, True):
         where = f"shared {model.shares_prompts}"
-        logps, mask = treg.response_logps(model, *map(list, zip(*rows, strict=True)))
-        assert (logps.dtype, mask.dtype) == (torch.float32, torch.bool)
-        for row, real, expected in zip(logps, mask, wanted, strict=True):
-            assert real.tolist() == [t < len(expected) for t in range(mask.shape[1])], "the mask"
-            close(row[real].double(), expected.detach(), f"{where}: log π", 2e-5)
-            assert not row[~real].any(), "padding holds zeros"
-        assert (gradient(logps) - by_hand).norm() < 1e-4 * by_hand.norm(), where
+        logps, mask = treg.response_logps(model, *zip(*rows, strict=True))
+        assert logps.dtype == torch.float32 and torch.equal(mask, wanted != 0)
+        assert not logps[~mask].any(), "padding holds zeros"
+        close(logps.double(), wanted.detach(), f"{where}: log π", 2e-5)
+        assert (gradient(logps) - exact).norm() < 1e-4 * exact.norm(), where
 
 
 def test_log_softmax_is_float32_where_logits_are_bfloat16():
@@ -1489,26 +1358,22 @@ def test_log_softmax_is_float32_where_logits_are_bfloat16():
     logits = model(torch.tensor([[5, 6, 7, 8, 9, 0]])).logits[0, 2:5].float()
     wanted = logits.log_softmax(-1)[[0, 1, 2], [8, 9, 0]]
     close(logps[0].double(), wanted.detach().double(), "log-softmax in float32", 1e-5)
-    rough, exact = (
-        treg.annotate(model_of(), tokenizer_of(), text_pairs(1), dtype=kind, alpha=0)[0].chosen
-        for kind in ("bf16", "fp32")
-    )
-    rough, exact = rough.ref_logps, exact.ref_logps
+    model, pairs = model_of(), {}
+    for dtype in ("fp32", "bf16"):
+        pairs[dtype] = treg.annotate(model, tokenizer_of(), text_pairs(1), dtype=dtype, alpha=0)
+    exact, rough = (each[0].chosen.ref_logps for each in pairs.values())
     assert rough.dtype == torch.float32 and not torch.equal(rough, rough.bfloat16().float())
     assert 0 < (rough - exact).abs().max() < 1, "products are rounded"
-    model = model_of()
-    pairs = treg.annotate(model, tokenizer_of(), text_pairs(1), dtype="bf16", alpha=0)
-    _, metrics, credit = treg.losses(model, pairs, treg.resolve(None, model, dtype="bf16"))
+    s = treg.resolve(None, model, dtype="bf16")
+    _, metrics, credit = treg.losses(model, pairs["bf16"], s)
     assert not credit.any() and metrics["margin"] == 0, "the reference in the training's precision"
 
 
 def test_a_shared_prompt_is_computed_once_and_the_head_only_where_a_token_is_predicted():
     """Within a wrapper for several GPUs too: without one DataParallel only hands on."""
     model, nodes, logits = model_of(), [], []
-    model.transformer.h[0].register_forward_hook(
-        lambda _, args, out: nodes.append(args[0].shape[1])
-    )
-    model.lm_head.register_forward_hook(lambda _, args, out: logits.append(out.shape[1]))
+    for part, sizes in ((model.transformer.h[0].mlp, nodes), (model.lm_head, logits)):
+        part.register_forward_hook(lambda _, args, out, sizes=sizes: sizes.append(out.shape[1]))
     for model.shares_prompts in (False, True):
         for wrapped in (model, torch.nn.DataParallel(model)):
             treg.response_logps(wrapped, [[5, 6, 7]] * 2, [[8, 9, 0], [8, 4, 0]])
@@ -1554,27 +1419,24 @@ def test_a_pass_keeps_for_its_gradient_what_the_readme_says(kind, bytes_of_width
     """A token of a layer in the shape of Llama: so many bytes times the width. A logit: 4 bytes."""
 
     def kept(layers=1, vocabulary=512, tokens=90):
-        sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
-        sizes |= {"num_hidden_layers": layers, "vocab_size": vocabulary}
-        model = model_of("llama", **sizes)
+        wide = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
+        model = model_of("llama", **wide, num_hidden_layers=layers, vocab_size=vocabulary)
         model.shares_prompts = True
         if kind == "checkpointed":
             treg.checkpoint_layers(model, "")
-        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-        storages = {}
+        sizes = {}
 
         def pack(tensor):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                storages[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        rows = rows_of(x=tokens, better=0, worse=0, chosen=tokens, rejected=tokens)
+        prompts, responses = rows_of(x=tokens, chosen=tokens, rejected=tokens)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        bf16 = {"enabled": kind == "bf16", "cache_enabled": False}
-        with hooks, torch.autocast("cpu", torch.bfloat16, **bf16):
-            logps, _ = treg.response_logps(model, rows[0][:2], rows[1][:2])
-        return logps.isfinite().all() and sum(storages.values())
+        with hooks, torch.autocast("cpu", torch.bfloat16, kind == "bf16", cache_enabled=False):
+            logps, _ = treg.response_logps(model, prompts[:2], responses[:2])
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        return sum(sizes[at] for at in sizes.keys() - weights)
 
     if kind != "bf16":  # which keeps a rounded copy of the head too
         assert (kept(vocabulary=1024) - kept()) / 512 / 180 == pytest.approx(4, rel=0.02)
