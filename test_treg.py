@@ -758,6 +758,7 @@ def test_data_that_is_no_file_is_asked_of_the_hub(monkeypatch):
 
 def test_rows_that_are_left_out_are_counted(tmp_path, capsys):
     rows = [{**ROW, "split": split} for split in ("train", None, "", "Train", "dev", "dev")]
+    rows[0]["source"] = "web"
     rows += [{**ROW, "chosen": ""}, {**ROW, "rejected": A(" \n")}, {**ROW, "chosen": "No."}]
     (tmp_path / "p.jsonl").write_bytes(jsonl(*rows))
     pairs, tokenizer = treg.load_pairs(tmp_path / "p.jsonl"), tokenizer_of()
@@ -767,6 +768,7 @@ def test_rows_that_are_left_out_are_counted(tmp_path, capsys):
     assert "2 pairs dropped: a blank response" in said
     assert "1 pairs dropped: chosen and rejected are the same" in said
     assert "1 rows of split Train" in said and "2 rows of split dev" in said
+    assert "columns that are not used: source\n" in said
     longest = max(len(r.prompt_ids) + len(r.ids) for r in treg.sides(encoded[:1]))
     kept = [len(treg.encode(tokenizer, pairs, None, longest - less)) for less in (0, 1)]
     assert kept == [3, 0], "as long as --max-length is not too long"
@@ -880,6 +882,16 @@ TEMPLATES = {
     "DeepSeek-R1-Distill": "<s>" + ALL + USERS + "<｜User｜>{{ m['content'] }}" + ANSWER
     + "{{ '<｜Assistant｜>' + m['content'].split('</think>')[-1] + eos_token }}{% else %}"
     "{{ m['content'] }}{% endif %}" + ENDFOR + OPEN + "<｜Assistant｜><think>\n{% endif %}",
+    "DeepSeek-V3.1": "<s>" + ALL + USERS + "<｜User｜>{{ m['content'] }}" + ANSWER
+    + "<｜Assistant｜></think>{{ m['content'].split('</think>')[-1] + eos_token }}{% endif %}"
+    + ENDFOR + OPEN + "<｜Assistant｜></think>{% endif %}",
+    "Mistral Nemo": "<s>{% if messages[0]['role'] == 'system' %}{% set system = messages[0]"
+    "['content'] + '\n\n' %}{% set messages = messages[1:] %}{% endif %}" + ALL + USERS
+    + "[INST] {{ (system if loop.last and system) ~ m['content'] }}[/INST]" + ANSWER
+    + " {{ m['content'] }}</s>{% endif %}" + ENDFOR,
+    "SmolLM3": "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set messages = messages[1:] %}{% endif %}<|im_start|>system\n{{ system | default('') | "
+    "replace('/no_think', '') | trim }}<|im_end|>\n" + CHATML,
     "Llama 2": "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + "
     "messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}{% endif %}"
     + ALL + USERS + "<s>[INST] {{ (system if loop.first and system) ~ m['content'] }} [/INST]"
@@ -970,6 +982,9 @@ TURNS = {
         IM + EMPTY, "…<|im_end|>", IM + "<think>\n", THOUGHTS[8:] + "<|im_end|>"),
     "gpt-oss": (FINAL, "…<|return|>"),
     "DeepSeek-R1-Distill": (R1, "…</s>", R1 + "<think>\n", THOUGHTS[8:] + "</s>"),
+    "DeepSeek-V3.1": (R1 + "</think>", "…</s>", R1, "…</s>"),
+    "Mistral Nemo": ("[/INST]", " …</s>"),
+    "SmolLM3": (IM, "…<|im_end|>"),
     "Llama 2": (" [/INST]", " … </s>"),  # a space belongs to the word that the model writes
     "Gemma": ("<end_of_turn>\n<start_of_turn>model\n", "…<end_of_turn>"),
     "Phi-3, first": ("<|end|>\n<|assistant|>\n", "…<|end|>"),
@@ -1000,11 +1015,23 @@ def test_own_thoughts_get_no_second_block(template, text):
 TOOL_CALLED = '<tool_call>\n{"name": "look", "arguments": {"bird": "crow"}}\n</tool_call><|im_end|>'
 COMMENTARY = ' to=functions.look<|channel|>commentary json<|message|>{"bird": "crow"}<|call|>'
 ANALYSIS = "<|channel|>analysis<|message|>Crows fly." + FINAL
+AS_TEXT = [{"function": {"name": "look", "arguments": '{"bird": "crow"}'}}]
+# wants arguments as text; writes the head of a next turn always
+TEXT_ONLY = CHATML.replace(
+    "}}<|im_end|>",
+    "}}{% for c in m['tool_calls'] %}{{ c['function']['name']"
+    " + c['function']['arguments'] }}{% endfor %}<|im_end|>",
+)
+NAME_AND_TEXT = 'A crow.look{"bird": "crow"}<|im_end|>'
+ALWAYS_ASKS = TEMPLATES["gpt-oss"].replace(OPEN, "").removesuffix("{% endif %}")
 FIELDS = {  # template, fields of the message, what is scored
     "Qwen3 reasoning": ("Qwen3", {"reasoning_content": "Crows fly."}, THOUGHTS + "<|im_end|>"),
     "gpt-oss thinking": ("gpt-oss", {"thinking": "Crows fly."}, ANALYSIS + "A crow.<|return|>"),
     "Qwen3 words and call": ("Qwen3", {"tool_calls": CALL}, "A crow.\n" + TOOL_CALLED),
     "gpt-oss call": ("gpt-oss", {"chosen": "", "tool_calls": CALL}, COMMENTARY),
+    "arguments as JSON": ("gpt-oss", {"chosen": "", "tool_calls": AS_TEXT}, COMMENTARY),
+    "a template that wants them so": (TEXT_ONLY, {"tool_calls": AS_TEXT}, NAME_AND_TEXT),
+    "always a next turn": (ALWAYS_ASKS, {"chosen": "", "tool_calls": CALL}, COMMENTARY),
 }
 
 
@@ -1020,6 +1047,17 @@ def test_system_message_is_seen_whatever_the_template(template):
     assert all(text.count(message["content"]) == 1 for message in messages)
     if template in ("Gemma", "Phi-3, first"):
         assert re.match(r"<s>\S*user\S*\nBe kind\.\n\nHi!", text), "merged into the user's first"
+    if template == "Mistral Nemo":
+        assert (
+            text.rstrip() == "<s>[INST] Hi![/INST] Hello.</s>[INST] Be kind.\n\nName a bird.[/INST]"
+        )
+
+
+def test_a_switch_for_thoughts_is_no_text_but_a_path_is():
+    head = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nName"
+    assert scored("SmolLM3", prompt=[S("Be kind. /no_think"), ASK_BIRD])[0].startswith(head)
+    prompt = scored("SmolLM3", prompt=[S("See /bin/no_think."), ASK_BIRD])[0]
+    assert "<|im_start|>user\nSee /bin/no_think.\n\nName" in prompt, "else merged: nothing is lost"
 
 
 @pytest.mark.parametrize("system", ["a bird", "crow"])  # words of the user's, of the response
@@ -1068,6 +1106,13 @@ def test_end_token_is_the_templates_though_not_marked_special():
     tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", "<turn>"))
     tokenizer.add_tokens(["<turn>"])
     assert encoded(tokenizer).ids[-1] == tokenizer.convert_tokens_to_ids("<turn>")
+
+
+def test_a_special_token_that_ends_no_turn_is_not_taken_off(capsys):
+    tokenizer = tokenizer_of()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<filename>"]})
+    assert not treg.encode(tokenizer, [pair_of("Run: git add <filename>")])
+    assert "1 pairs dropped: holds <filename>" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["[INST] Hi", "<|user|>\nHi", "<start_of_turn>u", "<|turn>user"])

@@ -1289,7 +1289,8 @@ def last_token(tokenizer, whole, opened):
     """
     special = special_tokens(tokenizer)
     same = os.path.commonprefix([whole[::-1], opened[::-1]])[::-1]
-    stop = len(whole) - len(same) if any(token in same for token in special) else len(whole)
+    asks = min([same.find(token) for token in special if token in same], default=len(same))
+    stop = len(whole) - len(same) + asks
     places = [whole.rfind(token, 0, stop) for token in special]
     return whole[max([place for place in places if place >= 0], default=len(whole)) :]
 
