@@ -1498,73 +1498,62 @@ def text_pairs(count=7):
     """Pairs of texts of uneven lengths."""
     pairs = []
     for i in range(count):
-        chosen, rejected = f"It is {i}." * (1 + i % 2), f"No {7 * i}!"
         prompt = [U("Say " * (1 + i % 3) + str(i))]
-        pairs.append(pair_of(chosen, prompt, rejected, where=f"pair {i}"))
+        pairs.append(pair_of(f"It is {i}." * (1 + i % 2), prompt, f"No {7 * i}!", f"pair {i}"))
     return pairs
 
 
-def annotated(model, count=7, **changes):
+def annotated(model):
     """Annotated pairs. Their references are moved: else margins, and so many mistakes, are 0."""
-    pairs = treg.annotate(model, tokenizer_of(None), text_pairs(count), **changes)
-    generator = torch.Generator().manual_seed(1)
+    pairs = treg.annotate(model, tokenizer_of(None), text_pairs())
+    torch.manual_seed(1)
     for response in treg.sides(pairs):
-        noise = torch.rand(len(response.ids), generator=generator)
-        response.ref_logps = response.ref_logps - noise
-        response.token_rewards = torch.rand(len(response.ids), generator=generator) - 0.5
+        response.ref_logps = response.ref_logps - torch.rand(len(response.ids))
+        response.token_rewards = torch.rand(len(response.ids)) - 0.5
     return pairs
 
 
 def test_annotate_writes_the_reference_and_the_token_rewards_of_the_contrastive_prompts():
     """Of the model itself or of a reward model; the same whatever shares a forward pass."""
     model, other, tokenizer = model_of(), model_of("llama"), tokenizer_of(None)
-    for reward_model, pass_tokens in ((None, 1), (None, 4096), (other, 4096)):
-        style = {"prompts": "revise", "pass_tokens": pass_tokens}
-        texts = text_pairs(3)
-        pairs = treg.annotate(model, tokenizer, texts, reward_model=reward_model, **style)
+    for scorer, tokens in ((None, 1), (None, 4096), (other, 4096)):
+        texts, style = text_pairs(3), {"prompts": "revise", "pass_tokens": tokens}
+        pairs = treg.annotate(model, tokenizer, texts, reward_model=scorer, **style)
         assert texts[0].chosen.ids is None, "the caller's pairs are left as they are"
         for response in treg.sides(pairs):
-            ids, x, better, worse = (
-                getattr(response, name).tolist()
-                for name in ("ids", "prompt_ids", "better_ids", "worse_ids")
-            )
+            names = ("ids", "prompt_ids", "better_ids", "worse_ids")
+            ids, x, *both = (getattr(response, name).tolist() for name in names)
             with torch.no_grad():
                 wanted = logps_by_hand(model, x, ids)
-                both = [logps_by_hand(reward_model or model, p, ids) for p in (better, worse)]
+                better, worse = (logps_by_hand(scorer or model, prompt, ids) for prompt in both)
             close(response.ref_logps.double(), wanted, "log π_ref", 1e-4)
-            hat = torch.sigmoid(both[0] - both[1]) - 0.5
+            hat = torch.sigmoid(better - worse) - 0.5
             close(response.token_rewards.double(), hat, "r̂ of this response", 1e-4)
-            assert response.text in tokenizer.decode(worse), "revise shows its own response"
+            assert response.text in tokenizer.decode(both[1]), "revise shows its own response"
     plain = treg.annotate(model, tokenizer, text_pairs(3), alpha=0)
     assert not any(r.token_rewards.any() for r in treg.sides(plain)), "alpha 0 needs none"
-    sft = treg.annotate(model, tokenizer, text_pairs(1), token_rewards="sft")[0]
-    assert sft.chosen.token_rewards.all() and not sft.rejected.token_rewards.any()
     longer = text_pairs(2)
     longer[0].chosen.message["content"] *= 100
     kept = treg.annotate(model, tokenizer, longer)
     assert [pair.where for pair in kept] == ["pair 1"], "the model has 512 positions"
-    assert treg.annotate(model, tokenizer, []) == []
     bare = treg.encode(tokenizer, text_pairs(1))
     with pytest.raises(treg.UserError, match="without contrastive prompts"):
         treg.annotate(model, tokenizer, bare)
-    treg.annotate(model, tokenizer, bare, alpha=0)
+    [sft] = treg.annotate(model, tokenizer, bare, token_rewards="sft")  # which needs none
+    assert sft.chosen.token_rewards.all() and not sft.rejected.token_rewards.any()
     assert bare[0].chosen.ref_logps is None, "encoded pairs are left as they are too"
 
 
 def test_what_stays_of_a_pass_is_made_before_all_passes(monkeypatch):
     """Else small tensors that stay lie between large ones that go, and the heap only grows."""
-    made, make_room = [], treg.make_room
-
-    def spy(pairs, *names):
-        make_room(pairs, *names)
-        made.append([getattr(r, name).data_ptr() for r in treg.sides(pairs) for name in names])
-
-    monkeypatch.setattr(treg, "make_room", spy)
-    model = model_of()
+    made, make_room, model = [], treg.make_room, model_of()
+    monkeypatch.setattr(treg, "make_room", lambda *args: made.append(args[1:]) or make_room(*args))
     pairs = treg.annotate(model, tokenizer_of(None), text_pairs(), pass_tokens=1)
-    _, pairs = treg.measure(model, pairs, treg.resolve(None, model, pass_tokens=1))
-    for places, names in zip(made, (("ref_logps", "token_rewards"), ("credit",)), strict=True):
-        assert places == [getattr(r, n).data_ptr() for r in treg.sides(pairs) for n in names]
+    treg.measure(model, pairs, treg.resolve(None, model, pass_tokens=1))
+    assert made == [("ref_logps", "token_rewards"), ("credit",)], "once, not for every pass"
+    room = pairs[0].chosen.ref_logps
+    treg.unstacked([pairs[0].chosen], "ref_logps", torch.full((1, len(room)), 7.0))
+    assert pairs[0].chosen.ref_logps is room and (room == 7).all(), "written into, not replaced"
 
 
 def test_variants_and_controls_write_their_token_rewards_and_leave_the_pairs_as_they_were():
@@ -1575,9 +1564,7 @@ def test_variants_and_controls_write_their_token_rewards_and_leave_the_pairs_as_
         found = treg.sides(treg.change_rewards(pairs, kind, seed))
         return [response.token_rewards.tolist() for response in found]
 
-    assert changed("contrastive") == before
-    sft = zip([1.0] * 7 + [0.0] * 7, before, strict=True)
-    assert changed("sft") == [[value] * len(hat) for value, hat in sft]
+    assert changed("sft") == [[float(i < 7)] * len(hat) for i, hat in enumerate(before)]
     assert changed("swapped") == [[-value for value in hat] for hat in before]
     shuffled = changed("shuffled")
     assert [*map(sorted, shuffled)] == [*map(sorted, before)], "within the response"
@@ -1589,28 +1576,25 @@ def test_variants_and_controls_write_their_token_rewards_and_leave_the_pairs_as_
 
 def loss_by_hand(model, pair, s):
     """-> (L, the metrics) of a pair, from log-probs of its own rows, in the model's precision."""
-    rewards, metrics, agreement = [], {}, 0
+    sums, told, agreement = [], {}, 0
     for side in ("chosen", "rejected"):
         response = getattr(pair, side)
         logps = logps_by_hand(model, response.prompt_ids.tolist(), response.ids.tolist())
-        metrics[f"{side}_logps"] = logps.sum().item()
-        if s.algorithm == "dpo":
-            reward = s.beta * (logps - response.ref_logps)
-        else:
-            reward = s.beta / len(logps) * logps
-        rewards.append(reward.sum())
+        dpo = s.algorithm == "dpo"
+        reward = s.beta * (logps - response.ref_logps if dpo else logps / len(logps))
+        sums.append(reward.sum())
         agreement = agreement + (response.token_rewards * reward).sum()
-    z = rewards[0] - rewards[1] - s.gamma
+        told[f"{side}_logps"] = logps.sum().item()
+    z = sums[0] - sums[1] - s.gamma
     w = torch.sigmoid(-z).item() if s.weighting == "sequence" else 0.5
     loss = -torch.nn.functional.logsigmoid(z) - s.alpha * w * agreement
-    metrics |= {"loss": loss.item(), "margin": z.item(), "accuracy": float(z + s.gamma > 0)}
-    return loss, metrics | {"weight": w, "agreement": agreement.item()}
+    told |= {"loss": loss.item(), "margin": z.item(), "accuracy": float(z + s.gamma > 0)}
+    return loss, told | {"weight": w, "agreement": agreement.item()}
 
 
-# gradients near AdamW's ε; never clipped, so that scale tells; often clipped
+# gradients near AdamW's ε, never clipped, so that scale tells; often clipped; the other algorithm
 STEPS = {
-    "tiny": ({"beta": 1e-7, "lr": 1e-2}, 64),
-    "small": ({"beta": 0.02, "lr": 1e-2}, 10**6),
+    "tiny": ({"beta": 1e-7, "lr": 1e-2}, 10**6),
     "large": ({"beta": 0.5, "lr": 1e-3, "weighting": "static"}, 1),
     "simpo": ({"beta": 2.0, "lr": 1e-3, "algorithm": "simpo", "gamma": 0.5}, 64),
 }
@@ -1627,52 +1611,43 @@ def test_an_optimiser_step_by_hand(case):
     changes, pass_tokens = STEPS[case]
     model = model_of("llama", num_hidden_layers=1)
     pairs = annotated(model)
-    s = treg.resolve(None, model, alpha=0.5, epochs=5, batch_size=4, **changes)
+    s = treg.resolve(None, model, alpha=0.5, epochs=5, batch_size=4, seed=1, **changes)
     exact = copy.deepcopy(model).double()
+    weights = [*exact.parameters()]
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)  # of a loss that somebody looked at in a notebook
-    batches, step = [], treg.take_step
+    history = treg.train(model, pairs, s, pass_tokens=pass_tokens)
 
-    def spy(model, optimizer, batch, *args, **kwargs):
-        batches.append(batch)
-        return step(model, optimizer, batch, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(treg, "take_step", spy)
-        history = treg.train(model, pairs, s, pass_tokens=pass_tokens)
-    assert [len(batch) for batch in batches] == [4, 3] * 5
-    for epoch in range(5):
-        seen = {pair.where for batch in batches[2 * epoch : 2 * epoch + 2] for pair in batch}
-        assert len(seen) == 7, "every pair once an epoch"
-    orders = []
-    for seed in (0, 1):
-        placed = treg.batches(range(7), treg.replace(s, seed=seed, batch_size=7))
-        orders += [tuple(batch) for batch in placed]
-    assert len({*orders}) == 10, "each epoch of each seed its own order"
-
-    weights = [*exact.parameters()]
-    m = [torch.zeros_like(w) for w in weights]
-    v = [torch.zeros_like(w) for w in weights]
-    norms = []
-    for k, (batch, row) in enumerate(zip(batches, history, strict=True), 1):
+    theta = torch.nn.utils.parameters_to_vector(weights).detach()
+    m = v = 0
+    for k, (batch, row) in enumerate(zip(treg.batches(pairs, s), history, strict=True), 1):
         losses, metrics = zip(*[loss_by_hand(exact, pair, s) for pair in batch], strict=True)
         gradients = torch.autograd.grad(sum(losses) / len(batch), weights)
-        norms.append(math.sqrt(sum(g.pow(2).sum().item() for g in gradients)))
-        share = 1.0 if k == 1 else 0.5 + 0.5 * math.cos(math.pi * (k - 2) / 9)
-        with torch.no_grad():
-            for i, g in enumerate(gradients):
-                g = g * min(1.0, 1 / norms[-1])
-                m[i] = 0.9 * m[i] + 0.1 * g
-                v[i] = 0.999 * v[i] + 0.001 * g * g
-                scale = (v[i] / (1 - 0.999**k)).sqrt() + 1e-8
-                weights[i] -= s.lr * share * m[i] / (1 - 0.9**k) / scale
+        g = torch.nn.utils.parameters_to_vector(gradients)
+        rate = s.lr * (1.0 if k == 1 else 0.5 + 0.5 * math.cos(math.pi * (k - 2) / 9))
         told = {name: np.mean([each[name] for each in metrics]) for name in metrics[0]}
-        told |= {"step": k, "grad_norm": norms[-1], "lr": s.lr * share}
+        told |= {"step": k, "grad_norm": g.norm().item(), "lr": rate}
         assert row == pytest.approx(told, rel=2e-3, abs=1e-6), case
-    wanted = {"tiny": max(norms) < 1e-5, "small": max(norms) < 1, "large": norms[2] > 1}
-    assert wanted.get(case, True), f"the case is not what it should be: gradient norms {norms}"
-    for wanted, found in zip(weights, model.parameters(), strict=True):
-        assert (found - wanted).abs().max() < 5e-3 * s.lr, f"{case}: another weight after ten steps"
+        g = g / max(1.0, g.norm())
+        m = 0.9 * m + 0.1 * g
+        v = 0.999 * v + 0.001 * g * g
+        theta -= rate * m / (1 - 0.9**k) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
+        torch.nn.utils.vector_to_parameters(theta, weights)
+    norms = [row["grad_norm"] for row in history]
+    as_it_should_be = {"tiny": max(norms) < 1e-5, "large": norms[2] > 1}
+    assert as_it_should_be.get(case, True), f"another case than it says: gradient norms {norms}"
+    found = torch.nn.utils.parameters_to_vector(model.parameters())
+    assert (found - theta).abs().max() < 5e-3 * s.lr, f"{case}: another weight after ten steps"
+
+
+def test_an_epoch_has_every_pair_once_in_an_order_of_its_own():
+    orders = []
+    for seed in (0, 1):
+        batches = [*treg.batches(range(7), treg.Settings(seed=seed, epochs=5, batch_size=4))]
+        assert [len(batch) for batch in batches] == [4, 3] * 5
+        orders += [(*batches[i], *batches[i + 1]) for i in range(0, 10, 2)]
+    assert all(sorted(order) == [*range(7)] for order in orders)
+    assert len({*orders}) == 10, "each epoch of each seed its own order"
 
 
 def test_schedule_warms_up_then_falls_to_zero():
@@ -1686,22 +1661,15 @@ def test_schedule_warms_up_then_falls_to_zero():
 @pytest.mark.parametrize("at", [3, 4], ids=["a loss of NaN", "weights of the last step"])
 def test_divergence_names_the_pairs_and_keeps_the_last_good_checkpoint(at, tmp_path, monkeypatch):
     model = model_of()
-    pairs, batches, step = annotated(model, 8), [], treg.take_step
-
-    def diverging(model, optimizer, batch, s, lr):
-        batches.append(batch)
-        if at == 3 and len(batches) == 3:
-            batch[0].chosen.ref_logps = batch[0].chosen.ref_logps * math.nan
-        row = step(model, optimizer, batch, s, lr)
-        if at == 4 and len(batches) == 4:
-            next(model.parameters()).data[0, 0] = math.inf
-        return row
-
-    monkeypatch.setattr(treg, "take_step", diverging)
-    with pytest.raises(treg.UserError, match=rf"step {at}:.*checkpoint\.pt.* step 2") as found:
-        treg.train(model, pairs, out=str(tmp_path), batch_size=2, save_every=2, lr=1e-3)
+    pairs, s = annotated(model), treg.Settings(epochs=1, batch_size=2, save_every=2)
+    batch = [*treg.batches(pairs, s)][2]
     if at == 3:
-        assert all(pair.where in str(found.value) for pair in batches[-1])
+        batch[0].chosen.ref_logps *= math.nan
+    else:
+        monkeypatch.setattr(treg, "schedule", lambda step, total: math.inf if step == 3 else 1.0)
+    with pytest.raises(treg.UserError, match=rf"step {at}:.*checkpoint\.pt.* step 2") as found:
+        treg.train(model, pairs, s, str(tmp_path))
+    assert at == 4 or all(pair.where in str(found.value) for pair in batch)
     state = treg.read(tmp_path / "checkpoint.pt")
     assert len(state["history"]) == 2 and all(w.isfinite().all() for w in state["model"].values())
 
@@ -1724,19 +1692,16 @@ def pencil_world():
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = {"eos_token": "<end>", "pad_token": "<end>", "unk_token": "<unk>"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **ends)
-    sizes = {"hidden_size": 8, "vocab_size": 8, "eos_token_id": 0}
-    model = model_of(**sizes, tie_word_embeddings=False)
+    model = model_of(hidden_size=8, vocab_size=8, eos_token_id=0, tie_word_embeddings=False)
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.copy_(torch.eye(8)[0])  # the last state, whatever was read
         model.lm_head.weight.zero_()
-    rows = (("a b", "c d", None), ("b a", "a b", None), ("d a c c", "a b d", [[0, 1], [4, 5]]))
-    pairs = []
-    for chosen, rejected, errors in rows:
-        pair = pair_of(chosen, [U("a")], rejected)
+    texts = ("a b", "c d"), ("b a", "a b"), ("d a c c", "a b d")
+    pairs = [pair_of(chosen, [U("a")], rejected) for chosen, rejected in texts]
+    for pair in pairs:
         pair.answers = ["a", "b a\n"]
-        pair.chosen.errors, pair.rejected.errors = errors, errors and [[0, 1]]
-        pairs.append(pair)
+    pairs[2].chosen.errors, pairs[2].rejected.errors = [[0, 1], [4, 5]], [[0, 1]]
     pairs = treg.annotate(model, tokenizer, pairs)
     model.lm_head.weight.data[:, 0] = torch.tensor(TRAINED).log()
     return model, tokenizer, pairs
@@ -1750,18 +1715,16 @@ def test_metrics_of_evaluate_by_hand(monkeypatch):
     Chosen d a c c, d and the first c are errors: good 2, 0 against bad −2, 0: 3½ of 4. Rejected
     a b d, a is the error: 1, −2 against 2: 0 of 2. The end is in neither. Mean 7/16.
     r̂ is .2 for a, .3 for the end, else −.1: good a, c against bad d, c: 3 of 4; 0 of 2. Mean 3/8.
-
-    SimPO's R is log π / |y|, −7/3 against −12/3, a tie, −16/5 against −12/4: z + γ = 5/3, 0, −1/5.
-    Less γ = 3 no z is above 0, but the accuracy is still ½.
     """
     model, tokenizer, pairs = pencil_world()
     for response in treg.sides(pairs):
         response.token_rewards = torch.tensor([0.3, 0, 0, 0, 0.2, -0.1, -0.1, -0.1])[response.ids]
     texts = ["a", "b", "b a ", "a b", "c", "c", "c", "c", "a", "a", "b", "b"]
-    seeds = []
-    monkeypatch.setattr(treg, "sample", lambda *args, **_: seeds.append(args[3]) or texts)
+    asked = []
+    monkeypatch.setattr(treg, "sample", lambda *args, **_: asked.append(args[2:]) or texts)
     found, shown = treg.evaluate(model, tokenizer, pairs, beta=1.0, seed=5)
-    assert seeds == [5]
+    [(of, seed)] = asked
+    assert [pair.chosen.text for pair in of][3:9] == ["a b", *["b a"] * 4, "d a c c"] and seed == 5
     wanted = {"accuracy": 0.5, "margin": 4 / 3 * math.log(2), "score": (2 + 0 + 2) / 12}
     wanted |= {"credit_auroc": 7 / 16, "token_reward_auroc": 3 / 8}
     assert found == pytest.approx(wanted, abs=1e-6)
@@ -1770,21 +1733,11 @@ def test_metrics_of_evaluate_by_hand(monkeypatch):
     credit = torch.tensor([-2.0, 2, 0, 0, -1]) * math.log(2)
     assert torch.allclose(shown[2].chosen.credit, credit, atol=1e-6)
     assert pairs[0].chosen.credit is None and pairs[0].score is None, "the caller's pairs"
-
-    simpo = {"algorithm": "simpo", "beta": 1.0, "gamma": 3 * math.log(2)}
-    found, shown = treg.evaluate(model, tokenizer, pairs, **simpo)
-    assert [pair.correct for pair in shown] == [1.0, 0.5, 0.0] and found["accuracy"] == 0.5
-    assert found["margin"] / math.log(2) == pytest.approx((5 / 3 - 1 / 5) / 3 - 3, abs=1e-5)
-    assert torch.allclose(shown[2].chosen.credit, credit, atol=1e-6), "log π − log π_ref, also here"
-
-    judged, _ = treg.evaluate(model, tokenizer, pairs, judge=lambda pair, text: len(text) / 4)
-    assert judged["score"] == pytest.approx(np.mean([len(text) for text in texts]) / 4)
     for pair in pairs:
-        pair.answers = None
-        pair.chosen.good = pair.rejected.good = None
-    bare, _ = treg.evaluate(model, tokenizer, pairs)
+        pair.answers = pair.chosen.good = pair.rejected.good = None
+    bare, shown = treg.evaluate(model, tokenizer, pairs, algorithm="simpo")
+    assert torch.allclose(shown[2].chosen.credit, credit, atol=1e-6), "of SimPO as of DPO"
     assert bare["score"] is bare["credit_auroc"] is bare["token_reward_auroc"] is None
-    assert treg.evaluate(model, tokenizer, []) == ({}, [])
 
 
 def test_pairs_with_a_token_of_probability_zero_are_dropped():
@@ -1835,14 +1788,8 @@ def test_the_page_by_hand():
 def test_credit_auroc_by_hand():
     """Good 3, 1, 2 against bad 1, 2: 3 beats both, 1 ties one, 2 beats one and ties one: 4 of 6."""
     assert treg.credit_auroc([3, 1, 1, 2, 2], [1, 1, 0, 0, 1]) == pytest.approx(4 / 6)
-    assert treg.credit_auroc([1, 2], [True, False]) == 0
-    assert treg.credit_auroc([2, 1], [True, False]) == 1
     assert math.isnan(treg.credit_auroc([1, 2], [True, True]))
-    assert math.isnan(treg.credit_auroc([], []))
-
-
-ODD = {"min_p": 0.9, "top_k": 1, "top_p": 0.1, "temperature": 0.1, "stop_strings": ["a"]}
-ODD |= {"max_new_tokens": 2, "num_return_sequences": 2, "return_dict_in_generate": True}
+    assert math.isnan(treg.credit_auroc([1, 2], [False, False]))
 
 
 def test_samples_follow_the_models_own_distribution_and_no_generation_config():
@@ -1863,13 +1810,16 @@ def test_samples_follow_the_models_own_distribution_and_no_generation_config():
     assert max(map(len, rows)) == 3 + 8, "as many as the longest chosen response, and eight"
     mean = sum((15 / 16) ** k for k in range(1, 12))
     assert np.mean([len(row) for row in rows]) == pytest.approx(mean, abs=0.3)
-    assert texts[:128] != treg.sample(model, tokenizer, pairs[:1] * 128, 1), "another seed"
-    for name, value in ODD.items():
-        setattr(model.generation_config, name, value)
-        assert texts[:128] == treg.sample(model, tokenizer, pairs[:1] * 128, 0), name
+    few = pairs[:1] * 128
+    assert texts[:128] != treg.sample(model, tokenizer, few, 1), "another seed"
+    odd = {"min_p": 0.9, "top_k": 1, "top_p": 0.1, "temperature": 0.1, "stop_strings": ["a"]}
+    odd |= {"max_new_tokens": 2, "num_return_sequences": 2, "return_dict_in_generate": True}
+    for name, value in odd.items():
+        setattr(own, name, value)
+        assert texts[:128] == treg.sample(model, tokenizer, few, 0), name
     assert model.generation_config is own, "its own settings come back"
     own.eos_token_id = VOCABULARY.index("a")
-    texts = treg.sample(model, tokenizer, pairs[:1] * 128, 0)
+    texts = treg.sample(model, tokenizer, few, 0)
     assert not any("a" in text.split() for text in texts), "its own end token is one too"
 
 
@@ -1904,9 +1854,8 @@ def test_interval_by_hand():
     assert (mean, high - mean) == pytest.approx((3, 2.776 * math.sqrt(0.5)), abs=1e-3)
     prompts, left = np.ones((4, 1)) * (np.arange(30) % 2), (-1.0) ** np.indices((4, 30)).sum(0)
     for values, t in (prompts, 2.045), (prompts + left, 2.100):
-        mean, low, high = treg.interval(values)
         half = t * math.sqrt(30 / 4 / 29 / 30)
-        assert (mean, mean - low, high - mean) == pytest.approx((0.5, half, half), abs=1e-3)
+        assert treg.interval(values) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-3)
     both = treg.interval(np.add.outer(range(5), range(5)))
     assert both == pytest.approx((4, 4 - 2.306, 4 + 2.306), abs=1e-3)
     assert treg.interval(left) == (0, 0, 0)
@@ -1922,17 +1871,16 @@ def test_table_by_hand():
     """
 
     def results(name, algorithm, alpha, scores, each):
+        row = {"variant": name, "algorithm": algorithm, "alpha": alpha, "accuracy": 9.0}
+        row |= {"credit_auroc": 0.75, "token_reward_auroc": None}
         for seed, (score, right) in enumerate(zip(scores, each, strict=True)):
-            about = {"variant": name, "seed": seed, "algorithm": algorithm, "alpha": alpha}
-            measured = {"score": score, "accuracy": 9.0, "credit_auroc": 0.75}
-            measured["each"] = dict(zip(("file:1", "file:2"), right, strict=True))
-            yield about | measured | {"token_reward_auroc": None}
+            yield {**row, "seed": seed, "score": score, "each": dict(zip("ab", right, strict=True))}
 
     low = [[0, 1], [1, 1], [0, 0], [0, 0]]
     high = [[1, 1], [0, 1], [1, 1], [0, 0]]
     rows = [*results("DPO", "dpo", 0.0, [0.5, 0.7, 0.6, 0.6], low)]
     rows += results("DPO-REG", "dpo", 0.25, [0.75] * 4, high)
-    rows[0]["each"]["file:3"] = 1  # the variant's longer prompts have dropped it
+    rows[0]["each"]["c"] = rows[4]["each"]["d"] = 1  # the other's longer prompts have dropped it
     rows += results("plain SimPO", "simpo", 0.0, [0.5] * 4, [[0, 1]] * 4)
     rows += results("SimPO-REG", "simpo", 0.25, [0.5] * 4, [[1, 1]] * 4)
     head, *lines = treg.table(rows).splitlines()
@@ -1961,11 +1909,11 @@ def model_folder(kind="gpt2", dtype=torch.float32, **changes):
 
 
 @functools.cache
-def data_file(count=25, **fields):
+def data_file():
     rows = []
-    for pair in text_pairs(count):
-        row = {"prompt": pair.prompt[0]["content"], "chosen": pair.chosen.text}
-        rows.append(row | {"rejected": pair.rejected.text, "rejected_errors": [[0, 2]], **fields})
+    for pair in text_pairs(25):
+        rows.append({"prompt": pair.prompt[0]["content"], "chosen": pair.chosen.text})
+        rows[-1] |= {"rejected": pair.rejected.text, "rejected_errors": [[0, 2]]}
     path = Path(tempfile.mkdtemp(dir=TEMPORARY.name), "pairs.jsonl")
     path.write_bytes(jsonl(*rows))
     return path
@@ -2006,12 +1954,14 @@ def history(out, name="metrics.jsonl"):
     return [json.loads(line) for line in Path(out, name).read_text().splitlines()]
 
 
+def summary_of(out):
+    return json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)  # NaN
+
+
 def end_of(out):
     """What two runs that are the same have in common, to the last bit."""
-    weights = load_file(out / "model.safetensors")
-    after = json.loads((out / "summary.json").read_text())["after"]
-    names = {path.name for path in out.iterdir()}
-    return history(out), {name: w.tolist() for name, w in weights.items()}, after, names
+    weights = {name: w.tolist() for name, w in load_file(out / "model.safetensors").items()}
+    return history(out), weights, summary_of(out)["after"], {path.name for path in out.iterdir()}
 
 
 @functools.cache
@@ -2022,8 +1972,8 @@ def straight():
     return out
 
 
-def killed(owner, name, at, when, *argv):
-    """Run in a process that ends without a word before, after or half through call number `at`."""
+def killed(owner, name, at, *argv):
+    """Run in a process that ends without a word before call number `at`; half through a save."""
     if not hasattr(os, "fork"):
         pytest.skip("no fork")
     pid = os.fork()
@@ -2032,12 +1982,12 @@ def killed(owner, name, at, when, *argv):
             original, calls = getattr(owner, name), itertools.count(1)
 
             def dying(*args, **kwargs):
-                now = next(calls) == at
-                if now and when == "half":  # torch.save(state, file)
+                if next(calls) < at:
+                    return original(*args, **kwargs)
+                if name == "save":  # torch.save(state, file)
                     args[1].write(b"PK half of it")
                     args[1].flush()
-                result = None if now and when != "after" else original(*args, **kwargs)
-                return os._exit(9) if now else result
+                return os._exit(9)
 
             setattr(owner, name, dying)
             command(*argv)
@@ -2046,11 +1996,11 @@ def killed(owner, name, at, when, *argv):
     assert os.WEXITSTATUS(status) == 9, f"{name} was not called {at} times"
 
 
-@functools.cache
-def killed_before_step_4():
-    out = Path(TEMPORARY.name, "killed")
-    killed(treg, "take_step", 4, "before", *words(out))
-    return out
+@pytest.fixture
+def stopped(tmp_path):
+    """The folder of a run that was killed before step 4; two steps are saved."""
+    killed(treg, "take_step", 4, *words(tmp_path / "stopped"))
+    return tmp_path / "stopped"
 
 
 def goes_on(out):
@@ -2060,72 +2010,65 @@ def goes_on(out):
 
 # where it dies, and how many steps are saved then; None: data and model are still needed
 KILLS = {
-    "in its first write": (os, "replace", 1, "before", None),
-    "the annotated pairs are half written": (torch, "save", 1, "half", None),
-    "before the second step": (treg, "take_step", 2, "before", 0),
-    "after the fourth step": (treg, "take_step", 4, "after", 2),
-    "a checkpoint is half written": (torch, "save", 3, "half", 2),
-    "a checkpoint is not yet in its place": (torch, "save", 3, "after", 2),
-    "saving the model": (transformers.PreTrainedModel, "save_pretrained", 2, "before", 12),
-    "the model is saved, the summary not": (treg, "report", 1, "after", 12),
+    "in its first write": (os, "replace", 1, None),
+    "the annotated pairs are half written": (torch, "save", 1, None),
+    "before the second step": (treg, "take_step", 2, 0),
+    "a checkpoint is half written": (torch, "save", 3, 2),
+    "the model is saved, the summary not": (treg, "report", 1, 12),
 }
 
 
 @pytest.mark.parametrize("where", KILLS)
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(where, tmp_path):
     *place, saved = KILLS[where]
-    model, data = shutil.copytree(model_folder(), tmp_path / "m"), tmp_path / "p.jsonl"
-    shutil.copy(data_file(), data)
-    out = tmp_path / "out"
+    out, data = tmp_path / "out", shutil.copy(data_file(), tmp_path)
+    model = shutil.copytree(model_folder(), tmp_path / "m")
     argv = words(out, model=model, data=data)
     killed(*place, *argv)
     if saved is not None:
         shutil.rmtree(model)
-        data.unlink()
+        os.unlink(data)
         with open(out / "metrics.jsonl", "a") as file:
             file.write('{"step": 99, "lo')  # cut off
-        killed(treg, "evaluate" if saved == 12 else "take_step", 1, "before", "--resume", out)
+        killed(treg, "evaluate" if saved == 12 else "take_step", 1, "--resume", out)
         assert len(history(out)) == saved, "lines after the checkpoint go"
     elif not (out / "settings.json").exists():
         assert "--out" in refusal("--resume", out), "nothing is saved: it must be begun anew"
         done(*argv)
-        assert end_of(out) == end_of(straight())
-        return
     goes_on(out)
 
 
-def test_a_resumed_run_shares_beginnings_only_if_it_did_before(tmp_path):
-    killed(treg, "take_step", 1, "before", *words(tmp_path / "out", model=model_folder("bloom")))
-    for out, shares in (tmp_path / "out", False), (killed_before_step_4(), True):
+def test_a_resumed_run_shares_beginnings_only_if_it_did_before(stopped, tmp_path):
+    killed(treg, "take_step", 1, *words(tmp_path / "out", model=model_folder("bloom")))
+    for out, shares in (tmp_path / "out", False), (stopped, True):
         assert treg.load_prepared(treg.read_settings(out), out)[0].shares_prompts == shares
 
 
-def test_interrupted_says_from_where_it_goes_on_and_goes_on(tmp_path, monkeypatch):
-    calls, step = itertools.count(1), treg.take_step
+def test_a_run_keeps_others_out_and_interrupted_says_from_where_it_goes_on(tmp_path, monkeypatch):
+    out, others, calls, step = tmp_path / "out", [], itertools.count(1), treg.take_step
 
     def interrupted(*args, **kwargs):
         if next(calls) == 4:
+            others.extend([refusal("--resume", out), refusal(*words(out))])
             raise KeyboardInterrupt
         return step(*args, **kwargs)
 
     monkeypatch.setattr(treg, "take_step", interrupted)
-    status, said = command(*words(tmp_path / "out"))
-    assert status == 130 and f"--resume {tmp_path / 'out'} goes on after step 2 of 12" in said
-    goes_on(tmp_path / "out")
+    status, said = command(*words(out))
+    assert "another process" in others[0] and "name a new folder" in others[1]
+    assert "21 pairs to train on, 4 held out, 12 steps of 4" in said
+    assert status == 130 and f"--resume {out} goes on after step 2 of 12" in said
+    goes_on(out)
 
 
-def test_a_run_folder_holds_what_others_load(tmp_path):
+def test_a_run_folder_holds_what_others_load(tmp_path, monkeypatch):
     out = straight()
-    names = {"step", "loss", "margin", "accuracy", "weight", "agreement", "grad_norm", "lr"}
-    names |= {"chosen_logps", "rejected_logps"}
-    for row in history(out):
-        measured = {"heldout_accuracy", "heldout_margin"} if row["step"] in (3, 6, 9, 12) else set()
-        assert row.keys() == names | measured
-    model = transformers.AutoModelForCausalLM.from_pretrained(out)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tokenizer, summary = transformers.AutoTokenizer.from_pretrained(out), summary_of(out)
     assert tokenizer.chat_template == treg.PLAIN_TEMPLATE, "a base model's layout is saved"
-    assert {w.dtype for w in model.parameters()} == {torch.float32}
-    summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)  # NaN
+    measured = {row["step"]: row for row in history(out) if "heldout_margin" in row}
+    assert [*measured] == [3, 6, 9, 12]
+    for name in ("accuracy", "margin"):
+        assert measured[12][f"heldout_{name}"] == pytest.approx(summary["after"][name]), name
     for name in ("annotate_seconds", "annotate_cpu_seconds", "train_seconds", "train_cpu_seconds"):
         assert summary[name] > 0
     assert summary["peak_memory_bytes"] > 2**20 and (summary["pairs"], summary["steps"]) == (21, 12)
@@ -2133,98 +2076,71 @@ def test_a_run_folder_holds_what_others_load(tmp_path):
     settings = json.loads((out / "settings.json").read_text())["settings"]
     assert settings == summary["settings"] and (settings["lr"], settings["beta"]) == (1e-3, 0.1)
     before = end_of(out)
-    assert not {"checkpoint.pt", ".lock", "settings.json.tmp"} & before[-1]
+    assert not {"checkpoint.pt", "reference", ".lock", "settings.json.tmp"} & before[-1]
     assert "is finished" in done("--resume", out) and end_of(out) == before
     assert "is not empty" in refusal(*words(out))
     assert "no other flag" in refusal("--resume", out, "--lr", 1)
     assert "holds no run" in refusal("--resume", model_folder())
-    none = words(tmp_path / "none", model=tmp_path / "model")
-    assert "is no model folder" in refusal(*none) and not (tmp_path / "none").exists()
-    done(*words(tmp_path / "other", "--seed", 1, "--holdout", 0))
-    assert history(tmp_path / "other")[0] != before[0][0], "another seed, another order"
-
-
-def test_which_pairs_are_trained_on_and_which_are_held_out(tmp_path, monkeypatch):
-    """Those of --split; without it --holdout, a share or a number, the same for every seed."""
-    seen, splits = [], ["train"] * 6 + ["test"] * 2 + ["dev"] * 3 + ["Train"]
-    rows = [json.loads(line) for line in data_file().read_text().splitlines()]
-    rows = [row | {"split": split} for row, split in zip(rows, splits, strict=False)]
-    (tmp_path / "p.jsonl").write_bytes(jsonl(*rows))
-
-    def spy(model, pairs, s, out, heldout):
-        seen.append(
-            [{int(pair.where.rpartition(":")[2]) for pair in of} for of in (pairs, heldout)]
-        )
-        raise treg.UserError("enough")
-
-    monkeypatch.setattr(treg, "train", spy)
-    for number, (flags, unused) in enumerate((([], "dev"), (["--split", "dev"], "test"))):
-        _, said = command(*words(tmp_path / str(number), *flags, data=tmp_path / "p.jsonl"))
-        assert "1 rows of split Train are not used" in said
-        assert f"rows of split {unused} are not used" in said
-    for seed in (0, 1):
-        for name, flags in (("few", ["--max-pairs", 3]), ("share", ["--holdout", 0.2])):
-            refusal(*words(tmp_path / f"{name}{seed}", "--seed", seed, *flags))
-    assert seen[:2] == [[{*range(1, 7)}, {7, 8}], [{*range(1, 7)}, {9, 10, 11}]]
-    assert seen[2:4] == seen[4:] and not seen[3][0] & seen[3][1]
-    assert [[len(of) for of in each] for each in seen[2:4]] == [[3, 4], [20, 5]]
-
-
-def test_one_process_at_a_time_in_a_folder(tmp_path, monkeypatch):
-    out, step, others = tmp_path / "out", treg.take_step, []
-
-    def while_it_trains(*args, **kwargs):
-        if not others:
-            others.extend([refusal("--resume", out), refusal(*words(out))])
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(treg, "take_step", while_it_trains)
-        done(*words(out))
-    assert "another process" in others[0] and "name a" in others[1]
-    assert end_of(out) == end_of(straight())
     monkeypatch.chdir(tmp_path)
+    assert "is no model folder" in refusal(*words("out", model="./none"))
+    assert not Path("out").exists(), "nothing came of it"
     for _ in range(2):
-        done(*words(None, "--epochs", 1))
+        done(*words(None, "--epochs", 1, "--holdout", 0))
     assert len([*Path("runs").glob("*/summary.json")]) == 2, "two runs in one second"
 
 
-@pytest.mark.parametrize("owner, name", [(torch, "save"), (os, "fsync"), (treg, "open")])
-def test_a_full_disk_leaves_the_old_checkpoint_whole(owner, name, tmp_path, monkeypatch):
-    def full(path=None, mode="", **options):
-        if mode in ("", "a"):  # open() is full for a line of metrics.jsonl alone
+def test_which_pairs_are_trained_on_and_which_are_held_out(tmp_path, capsys):
+    """Those of --split; without it --holdout, a share or a number, the same for every seed."""
+    splits, path = ["train"] * 6 + ["test"] * 2 + ["dev"] * 3 + ["Train"], tmp_path / "p.jsonl"
+    path.write_bytes(jsonl(*[{**ROW, "split": split} for split in splits]))
+
+    def places(data, **flags):
+        s = treg.Settings(model=str(model_folder()), data=str(data), **flags)
+        return [[int(p.where.rpartition(":")[2]) for p in of] for of in treg.load_all(s)[2:]]
+
+    for split, test, unused in ("test", [7, 8], "dev"), ("dev", [9, 10, 11], "test"):
+        assert places(path, split=split) == [[1, 2, 3, 4, 5, 6], test]
+        said = capsys.readouterr().out
+        assert "1 rows of split Train are not used" in said
+        assert f"rows of split {unused} are not used" in said
+    train, test = places(data_file(), holdout=0.2)
+    assert len(test) == 5 and sorted(train + test) == [*range(1, 26)]
+    assert places(data_file(), holdout=5, seed=1, max_pairs=3) == [train[:3], test]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(stopped, monkeypatch):
+    def full(path, mode="a", **options):  # for a line of metrics.jsonl, and for fsync
+        if mode == "a":
             raise OSError(28, "No space left on device")
         return open(path, mode, **options)
 
-    out = shutil.copytree(killed_before_step_4(), tmp_path / "out")
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, full if name == "open" else lambda *_: full(), raising=False)
-        assert re.search("not saved .*No space left", refusal("--resume", out))
-    assert not [*out.glob("*.tmp")], "half a file keeps the disk full"
-    assert len(treg.read(out / "checkpoint.pt")["history"]) == 2
-    goes_on(out)
+    for owner, name in (os, "fsync"), (treg, "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full, raising=False)
+            assert re.search("not saved .*No space left", refusal("--resume", stopped)), name
+        assert not [*stopped.glob("*.tmp")], "half a file keeps the disk full"
+    assert len(treg.read(stopped / "checkpoint.pt")["history"]) == 2
+    goes_on(stopped)
 
 
-def test_nothing_is_unpickled_and_damage_is_named(tmp_path):
-    out = shutil.copytree(killed_before_step_4(), tmp_path / "out")
-    bomb = f"cos\nsystem\n(S'touch {tmp_path}/executed'\ntR.".encode()
+def test_nothing_is_unpickled_and_damage_is_named(stopped):
+    bomb = f"cos\nsystem\n(S'touch {stopped.parent}/executed'\ntR.".encode()
     packed, other = io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(packed, "w") as file:  # as torch.save does it
         file.writestr("archive/data.pkl", bomb)
         file.writestr("archive/version", "3\n")
     torch.save({"other": 1}, other)
     settings = (b"", b"[]", b"\xff", b'{"settings": {"x": 1}}')
-    tensors = (b"", b"junk", bomb, packed.getvalue(), other.getvalue())
+    tensors = (b"", bomb, packed.getvalue(), other.getvalue())
     files = {"settings.json": settings, "checkpoint.pt": tensors, "pairs.pt": tensors}
     for name, contents in files.items():
-        whole = (out / name).read_bytes()
+        whole = (stopped / name).read_bytes()
         for content in (*contents, whole[: len(whole) // 2]):
-            (out / name).write_bytes(content)
-            line = refusal("--resume", out)
-            assert re.match(rf"{re.escape(str(out))}(/{name})?: damaged", line), content[:20]
-        (out / name).write_bytes(whole)
-    assert not (tmp_path / "executed").exists(), "code hidden in a file of the run was executed"
-    goes_on(out)
+            (stopped / name).write_bytes(content)
+            line = refusal("--resume", stopped)
+            assert re.match(rf"{re.escape(str(stopped))}(/{name})?: damaged", line), content[:20]
+        (stopped / name).write_bytes(whole)
+    assert not (stopped.parent / "executed").exists(), "code that a file of the run hides"
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
@@ -2241,18 +2157,15 @@ def test_no_code_of_a_model_folder_runs(name, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def an_encoder():
-    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, vocab_size=500))
-
-
-FOLDERS = {  # what is saved over a model folder, or a file and its new content; what must be said
-    "no config": (("config.json", None), "is no model folder"),
-    "a damaged config": (("config.json", "{"), "cannot be loaded"),
-    "damaged weights": (("model.safetensors", "x"), "cannot be loaded"),
+BERT, FP8 = transformers.BertConfig(**SIZES, vocab_size=500), {"quant_method": "fp8"}
+FOLDERS = {  # what is saved over a model folder, or the file that goes; what must be said
+    "no config": ("config.json", "is no model folder"),
+    "no weights": ("model.safetensors", "cannot be loaded"),
+    "no tokenizer": ("tok*", "tokenizer|load"),
     "a layer missing": (lambda: model_of().config, r"weights missing: .*h\.1\.mlp\.c_fc\.weight"),
-    "no tokenizer": (("tok*", None), "tokenizer|load"),
     "fewer embeddings": (lambda: model_of(vocab_size=99), "token 347, but embeddings of 99"),
-    "an encoder": (an_encoder, "sees later tokens, as an encoder"),
+    "quantised": (lambda: transformers.GPT2Config(quantization_config=FP8), "is quantised"),
+    "an encoder": (lambda: transformers.BertForMaskedLM(BERT), "sees later tokens, as an encoder"),
     "an encoder-decoder": (transformers.T5Config, "is an encoder-decoder"),
 }
 
@@ -2264,68 +2177,66 @@ def test_a_mistake_in_a_model_folder_is_named(case, tmp_path):
     if callable(new):
         new().save_pretrained(folder)
     else:
-        for path in folder.glob(new[0]):
-            path.unlink() if new[1] is None else path.write_text(new[1])
+        for path in folder.glob(new):
+            path.unlink()
     line = refusal(*words(tmp_path / "out", "--check-prompts", model=folder))
     assert re.match(rf"--model {re.escape(str(folder))}: .*({says})", line), line
 
 
-VARIANTS = ["", "3", '{"a": 1}', '{"a": {"alhpa": 1}}', '{"a": {"alpha": -1}}']
-VARIANTS += ['{"a": {"prompts": "rude"}}', '{"a": {"model": "b"}}', '{"a": {"seed": 1}}']
-VARIANTS += ["{}", '{"a": {"epochs": 1.5}}']
-# flags of which one cannot be, and what the line must say
-FLAGS = {
+FLAGS = {  # flags of which one cannot be, and what the line must say
     "--aplha 1": "--aplha",
     "--beta -1": "--beta: must be from",
     "--lr nan": "--lr: must be from",
-    "--algorithm ppo": "--algorithm.*dpo",
     "--prompts polite": "--prompts polite: must be answer, revise",
-    "--split train": "--split",
+    "--split train": "--split: the pairs",
     "--split dev": "--split dev: .* has no such split",
     "--holdout 99": "leave no pair to train on",
     "--token-rewards dpo": "for --compare alone",
     "--data none.jsonl": "none.jsonl: no such file",
-    "--compare 1 --variants none.json": "--variants none.json",
     f"--out {__file__}": "--out .*: cannot be made .*File exists",
+    # the test writes what stands in braces into v.json
+    '--variants {"a":{}}': "--variants: goes with --compare",
+    "--compare 1 --variants none.json": "--variants none.json: not usable",
+    '--compare 1 --variants {"a":1}': "--variants v.json: not usable",
+    "--compare 1 --variants {}": "v.json: holds no variant",
+    '--compare 1 --variants {"a":{"seed":1,"model":"b"}}': "a: cannot change (seed, m|model, s)",
+    '--compare 1 --variants {"a":{"alpha":-1}}': "v.json: a: --alpha: must be from",
+    '--compare 1 --variants {"a":{"epochs":1.5}}': "v.json: a: --epochs: must be of type int",
+    '--compare 1 --variants {"a":{"weighting":"w"}}': "v.json: a: --weighting: must be one of",
+    '--compare 1 --variants {"a":{"prompts":"rude"}}': "v.json: a: --prompts rude: must be",
 }
-FLAGS |= {f"--compare 1 --variants {text}": "variant|alpha|prompts" for text in VARIANTS}
-VARIANTS.append('{"a": {}}')  # which is right, beside --compare
-FLAGS['--variants {"a": {}}'] = "--variants: goes with --compare"
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_a_mistake_is_one_line_before_a_model_is_loaded(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(treg, "load_model", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.chdir(tmp_path)
-    head, known, text = flags.partition("--variants ")
-    if known and text in VARIANTS:
-        Path("v.json").write_text(text)
-        flags = f"{head} --variants v.json"
-    line = refusal(*words(tmp_path / "out"), *flags.split())
-    assert re.search(FLAGS[head + known + text], line), line
+    *argv, last = flags.split()
+    if last.startswith("{"):
+        Path("v.json").write_text(last)
+        last = "v.json"
+    line = refusal(*words("out"), *argv, last)
+    assert re.search(FLAGS[flags], line), line
 
 
-def test_prompts_that_are_no_better_than_chance_and_a_high_rate_are_warned_of(
-    tmp_path, monkeypatch
-):
+def test_prompts_no_better_than_chance_and_a_high_rate_are_warned_of(tmp_path, monkeypatch):
     """--check-prompts measures every style, --alpha 0 or not, and ends with the best one."""
-    (tmp_path / "own.json").write_text('{"better": "{prompt} well", "worse": "{prompt} ill"}')
-    found = iter([(0.6, 0.45, 0.7), (0.9, 0.8, 0.95), (0.3, 0.1, 0.4), (0.9, 0.8, 0.95)])
+    monkeypatch.chdir(tmp_path)
+    Path("own.json").write_text('{"better": "{prompt} well", "worse": "{prompt} ill"}')
+    poor, good, swapped = (0.6, 0.45, 0.7), (0.9, 0.8, 0.95), (0.3, 0.1, 0.4)
+    found = itertools.chain([poor, good, swapped, good], itertools.repeat(poor))
     hats = []
     monkeypatch.setattr(treg, "pair_accuracy", lambda pairs: hats.append(pairs) or next(found))
-    flags = ["--check-prompts", "--alpha", 0, "--prompts", tmp_path / "own.json"]
-    said = done(*words(tmp_path / "out", *flags))
+    check = words("out", "--check-prompts", "--alpha", 0, "--prompts", "own.json")
+    said = done(*check)
     assert said.count("no better than chance") == 1 == said.count("are better and worse swapped?")
-    assert said.endswith("use --prompts revise\n") and not (tmp_path / "out").exists()
-    styles = [treg.sides(pairs)[0].token_rewards for pairs in hats]
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(styles, 2))
-    found = itertools.chain(found, itertools.repeat((0.6, 0.45, 0.7)))
-    run = done(*words(tmp_path / "out"))
-    assert "chance" not in run
-    said = done(*words(tmp_path / "other", *flags))
-    assert said.endswith("give more, write prompts or use --alpha 0\n")
+    assert said.endswith("use --prompts revise\n") and not Path("out").exists()
+    styles = {str(treg.sides(pairs)[0].token_rewards) for pairs in hats}
+    assert len(styles) == 3, "r̂ of every style"
+    assert "chance" not in done(*words("out"))
+    assert done(*check).endswith("give more, write prompts or use --alpha 0\n")
     monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda self: 2 * 10**8)
-    assert "warning: --lr 0.001" in done(*words(tmp_path / "other"))
+    assert "warning: --lr 0.001" in done(*words("other", "--epochs", 1))
 
 
 def test_help_explains_every_field(capsys, monkeypatch):
@@ -2333,29 +2244,15 @@ def test_help_explains_every_field(capsys, monkeypatch):
         treg.main(["--help"])
     said = capsys.readouterr().out
     for name, field in treg.Settings.__dataclass_fields__.items():
-        help = re.sub(r"\s", "", field.metadata["help"].split("[%")[0])
         assert re.search(rf"--{name.replace('_', '-')}\s", said), name
-        assert help in re.sub(r"\s", "", said), name
+        assert "".join(field.metadata["help"].split("[%")[0].split()) in "".join(said.split()), name
     assert "[1024]" in said and "[None]" not in said and "==SUPPRESS" not in said
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     with pytest.raises(SystemExit, match="0"):  # it has no ½
         treg.main(["--help"])
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt"])  # OPT calls dropout by its own training flag
-@pytest.mark.parametrize("flags", [[], ["--gradient-checkpointing"]], ids=["", "checkpointing"])
-def test_dropout_is_off_and_dpo_begins_with_margin_0_loss_ln_2_and_weight_half(
-    kind, flags, tmp_path
-):
-    names = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout")
-    model = model_folder(kind, **dict.fromkeys(names, 0.5))
-    done(*words(tmp_path, *flags, "--epochs", 1, model=model))
-    first = history(tmp_path)[0]
-    wanted = {"step": 1, "loss": math.log(2), "margin": 0, "weight": 0.5, "agreement": 0}
-    assert {name: first[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
-
-
-def test_gradient_checkpointing_computes_layers_anew_and_changes_nothing(tmp_path, monkeypatch):
+def test_checkpointing_computes_layers_anew_and_changes_nothing(stopped, tmp_path, monkeypatch):
     flag, counts = "--gradient-checkpointing", []
     mlp = transformers.models.gpt2.modeling_gpt2.GPT2MLP
     forward = mlp.forward
@@ -2371,9 +2268,8 @@ def test_gradient_checkpointing_computes_layers_anew_and_changes_nothing(tmp_pat
     assert layers(*words(out, flag)) > layers(*words(tmp_path / "plain")) > 0
     for row, wanted in zip(history(out), history(straight()), strict=True):
         assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-    killed(treg, "take_step", 4, "before", *words(resumed, flag))
-    plain = shutil.copytree(killed_before_step_4(), tmp_path / "resumed plain")
-    assert layers("--resume", resumed) > layers("--resume", plain), "a resumed run goes on with it"
+    killed(treg, "take_step", 4, *words(resumed, flag))
+    assert layers("--resume", resumed) > layers("--resume", stopped), "when resumed too"
     pairs = treg.encode(tokenizer_of(None), text_pairs(4))
     models = [treg.load_model(str(model_folder()), on)[0] for on in (False, True)]
     texts = [treg.sample(model, tokenizer_of(None), pairs, 0) for model in models]
@@ -2382,48 +2278,57 @@ def test_gradient_checkpointing_computes_layers_anew_and_changes_nothing(tmp_pat
     assert flag in line and "cannot do it" in line
 
 
-@pytest.mark.parametrize("dtype, flags", [(torch.bfloat16, []), (torch.float32, ["--dtype=bf16"])])
-def test_bf16_starts_at_the_reference_and_rounds_no_small_update_away(dtype, flags, tmp_path):
-    model = model_folder(dtype=dtype)
-    done(*words(tmp_path, *flags, "--lr", 5e-7, "--epochs", 1, model=model))
+HALF = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"], 0.5)
+STARTS = {  # of what model, with what flag, how far from loss ln 2, margin 0 and weight ½
+    "dropout": (HALF, "--gradient-checkpointing", 1e-5),
+    "dropout by a flag of its own": ({"kind": "opt", **HALF, "dropout": 0.5}, "--seed=0", 1e-5),
+    "a model in bf16": ({"dtype": torch.bfloat16}, "--seed=0", 0.01),
+    "products in bf16": ({}, "--dtype=bf16", 0.01),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_dpo_starts_at_the_reference_and_rounds_no_small_update_away(case, tmp_path):
+    about, flag, error = STARTS[case]
+    model = model_folder(**about)
+    done(*words(tmp_path, flag, "--lr", 5e-7, "--epochs", 1, model=model))
+    wanted = {"loss": math.log(2), "margin": 0, "weight": 0.5, "agreement": 0}
     first = history(tmp_path)[0]
-    assert abs(first["margin"]) < 0.01 and abs(first["loss"] - math.log(2)) < 0.01
+    assert {name: first[name] for name in wanted} == pytest.approx(wanted, abs=error)
     before, after = (load_file(of / "model.safetensors") for of in (model, tmp_path))
     moved = torch.cat([(after[name] - before[name].float()).abs().flatten() for name in after])
     assert (moved > 0).float().mean() > 0.5 and moved.max() < 5e-6
     assert {w.dtype for w in after.values()} == {torch.float32}
 
 
-def test_the_saved_model_stops_at_every_end_token_that_it_has_learned(tmp_path):
+def test_the_saved_model_stops_at_every_end_token_that_it_has_learned(tmp_path, monkeypatch):
     """Its own, its template's and that of a call; settings that nothing reads are not saved."""
-    folder, tokenizer = shutil.copytree(model_folder(), tmp_path / "model"), tokenizer_of("gpt-oss")
-    tokenizer.save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folder(), "model")
+    (tokenizer := tokenizer_of("gpt-oss")).save_pretrained("model")
     own = {"eos_token_id": 7, "do_sample": False, "temperature": 0.0}
-    (folder / "generation_config.json").write_text(json.dumps(own))
-    rows = [
-        {"prompt": f"{i}", "chosen": [A("", tool_calls=CALL)], "rejected": "?"} for i in range(12)
-    ]
-    (tmp_path / "p.jsonl").write_bytes(jsonl(*rows))
-    argv = words(tmp_path / "out", model=folder, data=tmp_path / "p.jsonl")
-    killed(treg, "take_step", 2, "before", *argv)
-    done("--resume", tmp_path / "out")
-    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    Path("model/generation_config.json").write_text(json.dumps(own))
+    row = {"chosen": [A("", tool_calls=CALL)], "rejected": "?"}
+    Path("p.jsonl").write_bytes(jsonl(*[{"prompt": f"{i}", **row} for i in range(12)]))
+    killed(treg, "take_step", 2, *words("out", model="model", data="p.jsonl"))
+    done("--resume", "out")
+    saved = json.loads(Path("out/generation_config.json").read_text())
     learned = tokenizer.convert_tokens_to_ids(["<|call|>", "<|return|>"])
     assert saved["eos_token_id"] == [7, *sorted(learned)] and not saved.get("do_sample")
 
 
-def test_tokenizers_without_offsets_train_without_credit_figures(tmp_path):
+def test_tokenizers_without_offsets_train_without_credit_figures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     marks = sorted({*"SayItisNo!. User: Assistant: 0123456789"} - {" "})
     vocab = ["<unk>"] + [mark + end for mark in marks for end in ("@@", "")] + ["\n"]
-    (tmp_path / "v.json").write_text(json.dumps({mark: i for i, mark in enumerate(vocab)}))
-    (tmp_path / "m.txt").write_text("#version\n")
-    files = (str(tmp_path / "v.json"), str(tmp_path / "m.txt"))
-    tokenizer = transformers.CTRLTokenizer(*files, unk_token="<unk>", eos_token="<unk>")
-    model_of("ctrl", vocab_size=len(vocab)).save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    said = done(*words(tmp_path / "o", "--alpha", 0, "--epochs", 1, model=tmp_path / "m"))
+    Path("v.json").write_text(json.dumps({mark: i for i, mark in enumerate(vocab)}))
+    Path("m.txt").write_text("#version\n")
+    ends = {"unk_token": "<unk>", "eos_token": "<unk>"}
+    transformers.CTRLTokenizer("v.json", "m.txt", **ends).save_pretrained("m")
+    model_of("ctrl", vocab_size=len(vocab)).save_pretrained("m")
+    said = done(*words("o", "--alpha", 0, "--epochs", 1, model="m"))
     assert "gives no offsets, so there are no credit figures" in said
-    assert json.loads((tmp_path / "o/summary.json").read_text())["after"]["credit_auroc"] is None
+    assert summary_of(Path("o"))["after"]["credit_auroc"] is None
 
 
 def test_out_of_memory_gets_advice_and_a_bug_does_not(tmp_path, monkeypatch):
@@ -2439,9 +2344,8 @@ COUNT = """
 import resource, torch, treg
 treg.keep_freed_memory()
 for _ in range(20):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
 
@@ -2450,17 +2354,17 @@ def test_a_freed_tensor_leaves_its_memory_to_the_next():
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("not glibc")
     found = subprocess.run([sys.executable, "-c", COUNT], cwd=HERE, capture_output=True, text=True)
-    assert sum(map(int, found.stdout.split()[10:])) < 5 * 2**14, found
+    first, *_, last = map(int, found.stdout.split()[9:])
+    assert last - first < 5 * 2**14, "new pages in ten times"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signal to one process")
 @pytest.mark.parametrize("loading", [True, False], ids=["while it loads", "later"])
 def test_ctrl_c_ends_it_without_a_traceback(loading, tmp_path):
     """By the signal itself; later the program catches it, for what it has to say of --resume."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     options = {"text": True, "encoding": "utf-8", "cwd": tmp_path}
-    command = [sys.executable, "-u", treg.__file__]
-    with subprocess.Popen(command, **streams, **options) as process:
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-u", treg.__file__], **options) as process:
         assert process.stderr.readline() == "loading …\n"
         if not loading:
             assert "split validation" in process.stdout.readline()
@@ -2472,7 +2376,8 @@ def test_ctrl_c_ends_it_without_a_traceback(loading, tmp_path):
 
 def test_control_characters_are_shown_and_not_obeyed(tmp_path):
     escape = "\x1b]0;owned\x07 \u202e"
-    data = shutil.copy(data_file(6, prompt=f"Say {escape} 7"), tmp_path / f"p{escape}.jsonl")
+    data = tmp_path / f"p{escape}.jsonl"
+    data.write_bytes(jsonl(*[{**ROW, "prompt": f"Say {escape} 7"}] * 6))
     said = done(*words(tmp_path / f"out{escape}", data=data))
     said += refusal(*words(tmp_path / "out", data=tmp_path / f"none{escape}.jsonl"))
     said += refusal(*words(tmp_path / "out"), f"--{escape}")
@@ -2496,18 +2401,17 @@ def test_main_works_in_a_thread_whatever_standard_output_is(kind, tmp_path, monk
     assert statuses == [0]
 
 
-def test_a_run_goes_on_where_there_are_other_threads_and_no_module_resource(tmp_path, monkeypatch):
-    out = shutil.copytree(killed_before_step_4(), tmp_path / "out")
-    text = (out / "settings.json").read_text().replace('"threads": 1', '"threads": 99')
-    (out / "settings.json").write_text(text)
+def test_a_run_goes_on_where_there_are_other_threads_and_no_module_resource(stopped, monkeypatch):
+    text = (stopped / "settings.json").read_text().replace('"threads": 1', '"threads": 99')
+    (stopped / "settings.json").write_text(text)
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
     runpy.run_path(treg.__file__)
-    assert "threads was 99 and is 1" in done("--resume", out)
+    assert "threads was 99 and is 1" in done("--resume", stopped)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     threads = [treg.machine(treg.Settings(model=name))["threads"] for name in ("DIR", None)]
     assert threads == [2, 1], "the tiny model is computed with one"
-    assert end_of(out) == end_of(straight())
-    assert json.loads((out / "summary.json").read_text())["peak_memory_bytes"] is None
+    assert end_of(stopped) == end_of(straight())
+    assert summary_of(stopped)["peak_memory_bytes"] is None
 
 
 # ---------------------------------------------------------------------------- 11 the comparison
@@ -2515,73 +2419,65 @@ def test_a_run_goes_on_where_there_are_other_threads_and_no_module_resource(tmp_
 # comparison that dies goes on, and the method does something.
 
 
-def compared(out, *more):
-    return words(out, "--epochs", 1, "--max-pairs", 8, "--compare", 2, *more)
-
-
-def test_compare_trains_every_variant_from_the_reference_and_goes_on_after_a_kill(
-    tmp_path, monkeypatch
-):
-    model = shutil.copytree(model_folder(), tmp_path / "m")
-    starts, orders, settings, hats, train = [], set(), [], [], treg.train
-    learned, names = [], ("algorithm", "alpha", "weighting", "token_rewards", "beta", "gamma", "lr")
+def test_compare_trains_every_variant_from_the_reference(tmp_path, monkeypatch):
+    starts, orders, settings, hats, learned, train = [], set(), [], [], [], treg.train
 
     def spy(model, pairs, s, *args, **kwargs):
-        starts.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
+        starts.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
         orders.add(tuple(pair.where for pair in pairs))
-        settings.append(tuple(getattr(s, name) for name in names))
+        loss = (s.algorithm, s.alpha, s.weighting, s.token_rewards)
+        settings.append((*loss, s.beta, s.gamma, s.lr))
         hats.append([response.token_rewards for response in treg.sides(pairs)])
         rows = train(model, pairs, s, *args, **kwargs)
-        credit = treg.losses(model, pairs, s)[2]
-        learned.append([row[: len(hat)] for row, hat in zip(credit, hats[-1], strict=True)])
+        learned.append(treg.sides(treg.measure(model, pairs, s)[1]))
         return rows
 
     monkeypatch.setattr(treg, "train", spy)
-    said = done(*compared(tmp_path / "straight"))
+    said = done(*words(tmp_path / "out", "--epochs", 1, "--max-pairs", 8, "--compare", 2))
     assert all(torch.equal(start, starts[0]) for start in starts)
     assert len(orders) == 1, "the same pairs in the same order"
-    size = sum(w.numel() for w in model_of(num_hidden_layers=1).parameters())
     dpo = (0.1, 0.0, 1e-3)
-    simpo = (2.5, 1.0, float(f"{5e-7 * math.sqrt(8e9 / size):.1e}"))  # --lr is on DPO's scale
+    simpo = (2.5, 1.0, float(f"{5e-7 * math.sqrt(8e9 / len(starts[0])):.1e}"))  # --lr is for DPO
     wanted = [("dpo", alpha, "sequence", "contrastive", *dpo) for alpha in (0.0, 0.25)]
     wanted += [("simpo", alpha, "sequence", "contrastive", *simpo) for alpha in (0.0, 0.25)]
     wanted += [("dpo", 0.25, "sequence", "sft", *dpo)]
     wanted += [("dpo", 0.25, "static", "contrastive", *dpo), ("dpo", 0.0, "sequence", "dpo", *dpo)]
     wanted += [("dpo", 0.25, "sequence", name, *dpo) for name in ("dpo", "shuffled", "swapped")]
     assert settings == wanted * 2
-    by_dpo = [torch.sigmoid(credit) - 0.5 for credit in learned[6]]
+    by_dpo = [torch.sigmoid(response.credit) - 0.5 for response in learned[6]]
     for call, rewards in ((7, by_dpo), (9, [-hat for hat in hats[1]]), (2, hats[1]), (3, hats[1])):
         assert all(map(functools.partial(torch.allclose, atol=1e-6), hats[call], rewards)), call
-    results = history(tmp_path / "straight", "compare.jsonl")
+    results = history(tmp_path / "out", "compare.jsonl")
     work = [(seed, name) for seed in (0, 1) for name in treg.VARIANTS]
     assert [(result["seed"], result["variant"]) for result in results] == work
-    assert "learned by DPO-REG" in (tmp_path / "straight/report.html").read_text()
-
-    killed(os, "replace", 2, "before", *compared(tmp_path / "other", "--model", model))
-    # a comparison evaluates nothing but its variants
-    killed(treg, "evaluate", 5, "before", "--resume", tmp_path / "other")
-    assert len((tmp_path / "other/compare.jsonl").read_text().splitlines()) == 4
-    shutil.rmtree(model)
-    tables = [said, done("--resume", tmp_path / "other"), done("--resume", tmp_path / "other")]
-    tables = {re.search(r"\n +accuracy.*swapped[^\n]*", text, re.S)[0] for text in tables}
-    assert len(tables) == 1, "the same table"
-    assert [re.split("  +", line)[0] for line in tables.pop().splitlines()[2:]] == [*treg.VARIANTS]
+    assert "learned by DPO-REG" in (tmp_path / "out/report.html").read_text()
+    table = re.search(r"\n +accuracy.*swapped[^\n]*", said, re.S)[0]
+    assert [re.split("  +", line)[0] for line in table.splitlines()[2:]] == [*treg.VARIANTS]
+    lines = (tmp_path / "out/compare.jsonl").read_text().splitlines(keepends=True)
+    for count in (17, 18):
+        (tmp_path / "out/compare.jsonl").write_text("".join(lines[:count]))
+        assert table in done("--resume", tmp_path / "out"), f"it goes on after {count}"
+    [start] = (tmp_path / "out").glob("start-*")  # one reference for all seeds
+    before = treg.read(start / "pairs.pt")["summary"]["before"]
+    assert before == {}, "nothing is evaluated but the variants"
 
 
 def test_the_page_shows_no_credit_of_other_pairs(tmp_path):
     """The prompts of `revise` are longer: --max-length drops pairs that DPO was measured on."""
     (tmp_path / "v.json").write_text('{"DPO": {"alpha": 0}, "other": {"prompts": "revise"}}')
-    done(*compared(tmp_path / "out", "--variants", tmp_path / "v.json", "--max-length", 134))
+    flags = ["--compare", 1, "--variants", tmp_path / "v.json", "--max-length", 134]
+    done(*words(tmp_path / "out", "--epochs", 1, *flags))
     page = (tmp_path / "out" / "report.html").read_text()
     assert "learned by other" in page and "learned by DPO" not in page
 
 
-def test_variants_and_a_judge_of_ones_own_outlive_an_interruption(tmp_path, monkeypatch):
+def test_a_comparison_with_variants_and_a_judge_of_ones_own_goes_on(tmp_path, monkeypatch):
     """With the tiny model, whose own learning rate must come back."""
     monkeypatch.chdir(tmp_path)
     Path("own.json").write_text('{"better": "{prompt} well", "worse": "{prompt} ill"}')
     variants = {"small": {"lr": 1e-5, "alpha": 0}, "large": {"beta": 0.5}}
-    variants |= {kind: {"prompts": kind} for kind in ("revise", "own.json", "answer")}
+    variants |= {kind: {"prompts": kind} for kind in ("revise", "own.json")}
+    variants["again"] = {"beta": 0.5}
     Path("v.json").write_text(json.dumps(variants))
     lines = Path(treg.TINY_DATA).read_text("utf-8").splitlines(keepends=True)
     Path("p.jsonl").write_text("".join(lines[:30] + lines[900:916] + lines[-4:]))
@@ -2591,26 +2487,25 @@ def test_variants_and_a_judge_of_ones_own_outlive_an_interruption(tmp_path, monk
     def interrupted(model, pairs, s, **options):
         if next(calls) == 5:
             raise KeyboardInterrupt
-        rates.append(s.lr)
-        hats.append(pairs[0].chosen.token_rewards)
+        rates.append((s.lr, s.beta))
+        hats.append(tuple(pairs[0].chosen.token_rewards.tolist()))
         return train(model, pairs, s, **options)
 
     monkeypatch.setattr(treg, "train", interrupted)
-    argv = ["--compare", "1", "--variants", "v.json", "--data", "p.jsonl", "--out", "out"]
+    argv = ["--compare", 1, "--variants", "v.json", "--data", "p.jsonl", "--out", "out"]
+    killed(os, "replace", 2, *argv)  # before it has a copy of the variants
     with pytest.raises(KeyboardInterrupt, match="--resume out goes on"):
-        treg.run(treg.parse(argv), judge=lambda pair, text: 0.25)
+        treg.run(treg.Settings(resume="out"), judge=lambda pair, text: 0.25)
     Path("v.json").unlink()
     Path("p.jsonl").unlink()
-    treg.run(treg.parse(["--resume", "out"]), judge=lambda pair, text: 0.25)
+    treg.run(treg.Settings(resume="out"), judge=lambda pair, text: 0.25)
     results = history("out", "compare.jsonl")
     assert [result["variant"] for result in results] == [*variants]
+    assert results[4] | {"variant": "large"} == results[1], "the same before and after"
     assert {result["score"] for result in results} == {0.25}
     assert [*results[0]["each"].values()] == [0.25] * 4
-    assert rates == [1e-5, 4e-4, 4e-4, 4e-4, 4e-4]
-    assert results[1]["margin"] != results[4]["margin"], "β is another"
-    same = [[torch.equal(hats[i], hats[j]) for j in range(5)] for i in (0, 2, 3)]
-    assert same[0] == [True, True, False, False, True], "r̂ of its own prompts"
-    assert same[1:] == [[i == j for j in range(5)] for i in (2, 3)], "of its own file"
+    assert rates == [(1e-5, 1.0), (4e-4, 0.5), (4e-4, 1.0), (4e-4, 1.0), (4e-4, 0.5)]
+    assert hats[0] == hats[1] == hats[4] and len({*hats}) == 3, "r̂ of its own prompts"
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -2621,8 +2516,7 @@ def test_the_default_run_raises_the_score_by_a_fifth(seed, tmp_path, monkeypatch
     monkeypatch.setattr(treg, "make_tiny", functools.partial(treg.make_tiny, steps=700))
     flags = ["--data", tmp_path / "data.jsonl", "--max-pairs", 140, "--out", tmp_path / "run"]
     said = done("--seed", seed, *flags)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    before, after = summary["before"], summary["after"]
+    before, after = (summary_of(tmp_path / "run")[when] for when in ("before", "after"))
     assert after["score"] >= before["score"] + 0.2, said
     assert after["accuracy"] > 0.8 and after["credit_auroc"] > 0.85, said
     assert float(re.search(r"prompts answer: .* interval (\S+) to", said)[1]) > 0.5
@@ -2631,17 +2525,17 @@ def test_the_default_run_raises_the_score_by_a_fifth(seed, tmp_path, monkeypatch
 def test_the_tiny_model_is_a_function_of_the_seed():
     pairs = treg.load_pairs(treg.TINY_DATA, "warmup")[:20]
     one, same, other = (treg.make_tiny(pairs, seed, steps=0)[0] for seed in (0, 0, 1))
-    weights = [next(model.parameters()) for model in (one, same, other)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(one.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
 
 
 def test_the_warm_up_repeats_no_response_that_its_prompt_shows(monkeypatch):
     """Else the model would learn to copy, and `revise` would rank good tokens below bad ones."""
     rows, logps = [], treg.response_logps
 
-    def spy(model, prompts, responses):
-        rows.extend(zip(prompts, responses, strict=True))
-        return logps(model, prompts, responses)
+    def spy(model, *batch):
+        rows.extend(zip(*batch, strict=True))
+        return logps(model, *batch)
 
     monkeypatch.setattr(treg, "response_logps", spy)
     pairs = treg.load_splits(treg.TINY_DATA)["warmup"][:4]
