@@ -741,6 +741,7 @@ def test_csv_cell_stays_the_text_that_it_is(tmp_path):
     path, right = tmp_path / "p.csv", [([U("null")], "NA", "007")]
     assert read(path, b",prompt,chosen,rejected\n0,null,NA,007\n") == right, "pandas' index"
     assert read(path, b"prompt,chosen,rejected,,\r\nnull,NA,007,,\r\n") == right
+    assert read(path, TABLE + b"p,%s,no\n" % (b"7" * 200_000))[-1][1] == "7" * 200_000
 
 
 def test_data_that_is_no_file_is_asked_of_the_hub(monkeypatch):
@@ -818,6 +819,7 @@ CHANGES = [  # what is changed in ROW, how the error goes on after file and line
     ({"prompt": "### Response:\n"}, "prompt ends like"),
     ({**talk(*LONGER), "prompt": [U("Hm"), *LONGER[1:]]}, "prompt and the messages before .* say"),
     ({"prompt": [S("s"), *ASKED], "system": "t"}, "has two system messages"),
+    ({"prompt": [S("s")], **talk(S("t"), *ASKED)}, "prompt and the messages before the last say"),
     ({"question": "Was it?"}, "prompt and question say different"),
     ({"input": "1, 2"}, "the column input"),
     ({**NONE, **TEXTS, "instruction": "Add.", "input": 5}, "input must be text"),
@@ -1040,6 +1042,12 @@ def test_thoughts_and_calls_are_written_by_the_template(template, fields, wanted
     assert scored(template, **fields)[1] == wanted
 
 
+def test_tools_are_handed_to_the_template_whatever_they_hold():
+    tools = [{"name": 'l"öök'}]
+    prompt = scored("{{ tools | tojson }}" + CHATML, tools=tools)[0]
+    assert prompt.startswith('[{"name": "l\\"öök"}]<|im_start|>')
+
+
 @pytest.mark.parametrize("template", TURNS)
 def test_system_message_is_seen_whatever_the_template(template):
     messages = [KIND, *TALK, ASK_BIRD]
@@ -1080,6 +1088,7 @@ LOSES = {  # template, the row, what the refusal names
     "a function call": ("SmolLM2", {"function_call": {"name": "look"}}, "function_call"),
     "a tool named as a word": ("SmolLM2", {"tools": [{"name": "bird"}]}, "tool"),
     "a text's end": (CUT, {}, "content of the user"),
+    "all of it": (ALL + "{{ m['content'] }}" + ENDFOR, {"prompt": [U(" ")]}, "becomes no token"),
 }
 
 
@@ -1106,6 +1115,9 @@ def test_end_token_is_the_templates_though_not_marked_special():
     tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", "<turn>"))
     tokenizer.add_tokens(["<turn>"])
     assert encoded(tokenizer).ids[-1] == tokenizer.convert_tokens_to_ids("<turn>")
+    tokenizer.chat_template, tokenizer.eos_token = ALL + "{{ m['content'] }}" + ENDFOR, None
+    with pytest.raises(treg.UserError, match="no end token"):
+        encoded(tokenizer)
 
 
 def test_a_special_token_that_ends_no_turn_is_not_taken_off(capsys):
@@ -1650,6 +1662,23 @@ def test_an_epoch_has_every_pair_once_in_an_order_of_its_own():
     assert len({*orders}) == 10, "each epoch of each seed its own order"
 
 
+def test_what_would_train_on_something_else_in_silence_is_refused(tmp_path):
+    model, tokenizer = model_of(num_hidden_layers=1), tokenizer_of(None)
+    texts, plain = text_pairs(), treg.annotate(model, tokenizer, text_pairs(), alpha=0)
+    train = functools.partial(treg.train, model, plain, out=tmp_path)
+    train(alpha=0)
+    for call, says in (
+        (lambda: treg.train(model, texts), "not annotated"),
+        (lambda: treg.evaluate(model, tokenizer, texts), "not annotated"),
+        (train, "annotated with alpha 0"),
+        (lambda: treg.annotate(model, tokenizer, plain, prompts="revise"), "encoded already"),
+        (lambda: train(alpha=0, beta=1.0, seed=1), "is of another beta, seed; give another out"),
+        (lambda: treg.train(model.bfloat16(), plain, alpha=0), "not float32"),
+    ):
+        with pytest.raises(treg.UserError, match=says):
+            call()
+
+
 def test_schedule_warms_up_then_falls_to_zero():
     """20 steps: 2 of warm-up at ½ and 1, then ½ + ½ cos(π k / 18)."""
     shares = [treg.schedule(step, 20) for step in range(20)]
@@ -1746,12 +1775,15 @@ def test_pairs_with_a_token_of_probability_zero_are_dropped():
     assert [pair.chosen.text for pair in treg.annotate(model, tokenizer, pairs)] == ["b a"]
 
 
-def test_tokens_are_shown_as_they_are():
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokens_are_shown_as_they_are(kind):
     """Transformers 4 takes the space before a comma away, as Llama 3's tokenizer asks it to."""
-    tokenizer, text = tokenizer_of(), "A crow , a bat ünï."
+    tokenizer, text = tokenizer_of(kind=kind), "A crow , a bat ünï 字🙂." * 99
     tokenizer.clean_up_tokenization_spaces = True
+    start = time.process_time()
     texts = treg.token_texts(tokenizer, tokenizer(text)["input_ids"])
     assert "".join(texts).replace("◌", "") == text
+    assert time.process_time() - start < 2, "the square of their number"
 
 
 def test_pair_accuracy_by_hand():
@@ -2106,6 +2138,9 @@ def test_which_pairs_are_trained_on_and_which_are_held_out(tmp_path, capsys):
     train, test = places(data_file(), holdout=0.2)
     assert len(test) == 5 and sorted(train + test) == [*range(1, 26)]
     assert places(data_file(), holdout=5, seed=1, max_pairs=3) == [train[:3], test]
+    path.write_bytes(jsonl(*[{**ROW, "prompt": f"Is it {i // 4}?"} for i in range(40)]))
+    prompts = [{(i - 1) // 4 for i in of} for of in places(path, holdout=10)]
+    assert [len(of) for of in prompts] == [8, 2] and not prompts[0] & prompts[1], "of one prompt"
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(stopped, monkeypatch):

@@ -2229,6 +2229,8 @@ def load_model(name, checkpointing=False):
         )
     lost = ", ".join(sorted(loaded["missing_keys"]))  # they would be random numbers
     need(not lost, f"{where}: weights missing: {lost}")
+    usual = hasattr(tokenizer, "is_fast")
+    need(usual, f"{where}: its tokenizer is mistral-common's, without a template; uninstall that")
     need(tokenizer("a", add_special_tokens=False)["input_ids"], f"{where}: no tokenizer")
     if not tokenizer.is_fast:
         say("note: this tokenizer gives no offsets, so there are no credit figures")
