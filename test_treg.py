@@ -1554,6 +1554,7 @@ def test_annotate_writes_the_reference_and_the_token_rewards_of_the_contrastive_
     [sft] = treg.annotate(model, tokenizer, bare, token_rewards="sft")  # which needs none
     assert sft.chosen.token_rewards.all() and not sft.rejected.token_rewards.any()
     assert bare[0].chosen.ref_logps is None, "encoded pairs are left as they are too"
+    assert treg.annotate(model, tokenizer, [], prompts="revise") == []
 
 
 def test_what_stays_of_a_pass_is_made_before_all_passes(monkeypatch):
@@ -1673,6 +1674,7 @@ def test_what_would_train_on_something_else_in_silence_is_refused(tmp_path):
         (train, "annotated with alpha 0"),
         (lambda: treg.annotate(model, tokenizer, plain, prompts="revise"), "encoded already"),
         (lambda: train(alpha=0, beta=1.0, seed=1), "is of another beta, seed; give another out"),
+        (lambda: train(alpha=0, token_rewards="swapped"), "token_rewards: .* made by annotate"),
         (lambda: treg.train(model.bfloat16(), plain, alpha=0), "not float32"),
     ):
         with pytest.raises(treg.UserError, match=says):

@@ -625,6 +625,14 @@ def longest_row(pair):
     return max(len(prompt) + len(response) for prompt, response in scored_rows(pair))
 
 
+def check_vocabulary(model, pairs):
+    """UserError if a token has no embedding. A tokenizer may have more that no text becomes."""
+    largest = max(max(prompt + reply) for pair in pairs for prompt, reply in scored_rows(pair))
+    size = model.get_input_embeddings().weight.shape[0]
+    what = f"--model {model.name_or_path}: token {largest}, but embeddings of {size}"
+    need(largest < size, f"{what}; the tokenizer is another model's")
+
+
 def set_sharing(model, pairs):
     """Set model.shares_prompts: may rows share beginnings, those of these pairs and all before?"""
     base = unwrapped(model)
@@ -655,7 +663,7 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     if any(pair.chosen.ids is None for pair in pairs):
         style = read_prompts(s.prompts) if contrastive else None
         pairs = encode(tokenizer, pairs, style, s.max_length)
-    else:
+    elif pairs:
         changed = {"prompts", "max_length"} & changes.keys()
         need(not changed, "the pairs are encoded already; to change that give those of load_pairs")
     ready = not contrastive or all(pair.chosen.better_ids is not None for pair in pairs)
@@ -664,11 +672,8 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
         return []
     pairs = [copied(pair) for pair in pairs]
     scorer = reward_model or model
-    largest = max(max(prompt + reply) for pair in pairs for prompt, reply in scored_rows(pair))
     for each in {model, scorer}:
-        size = each.get_input_embeddings().weight.shape[0]
-        what = f"--model {each.name_or_path}: token {largest}, but embeddings of {size}"
-        need(largest < size, f"{what}; the tokenizer is another model's")
+        check_vocabulary(each, pairs)
         set_sharing(each, pairs)
     make_room(pairs, "ref_logps", "token_rewards")
     for pack in bar(list(packs(pairs, s.pass_tokens)), desc="reference", unit=" passes"):
@@ -801,6 +806,17 @@ def batches(pairs, s):
             yield [pairs[i] for i in order[start : start + s.batch_size]]
 
 
+def check_training(weights, pairs, alpha, changes):
+    """UserError if train would take these, and train on something else than is meant."""
+    need_annotated(pairs)
+    made = {"prompts", "token_rewards"} & changes.keys()
+    need(not made, f"{', '.join(made)}: token rewards are made by annotate; give it to that")
+    scored = alpha == 0 or any(response.token_rewards.any() for response in sides(pairs))
+    need(scored, "all token rewards are 0: the pairs were annotated with alpha 0")
+    exact = all(weight.dtype == torch.float32 for weight in weights)
+    need(exact, "weights are not float32, a small step would be rounded away; use model.float()")
+
+
 def train(model, pairs, settings=None, out=None, heldout=(), **changes):
     """Train model in place on annotated pairs. -> one dict of metrics for each step.
 
@@ -808,16 +824,12 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
     accuracy and margin are measured up to five times. out: a folder for metrics.jsonl and
     checkpoint.pt; if it has a checkpoint, training goes on from there.
     UserError: loss, gradient or weights are not finite any more; or the pairs, the weights or the
-    checkpoint are not what these settings need.
+    checkpoint do not go with these settings.
     """
     s = resolve(settings, model, **changes)
-    need_annotated(pairs)
-    scored = s.alpha == 0 or any(response.token_rewards.any() for response in sides(pairs))
-    need(scored, "all token rewards are 0: the pairs were annotated with alpha 0")
     total = s.epochs * math.ceil(len(pairs) / s.batch_size)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    exact = all(weight.dtype == torch.float32 for weight in weights)
-    need(exact, "weights are not float32, a small step would be rounded away; use model.float()")
+    check_training(weights, pairs, s.alpha, changes)
     optimizer = torch.optim.AdamW(weights, lr=s.lr, weight_decay=0.0, fused=True)
     history = resumed(Path(out), model, optimizer, s) if out else []
     saved = len(history)
