@@ -1263,7 +1263,7 @@ def in_template(tokenizer, messages, reply, tools=None):
         ways.append(merged(messages))
     mark = {"role": "assistant", "content": SNOWMAN}
     problems = []
-    # dict: as the row has it; few templates want arguments as text
+    # dict: the messages as they are; a few templates want arguments as text
     for shape, way in itertools.product((parsed, dict, as_parts), ways):
         prompt = [shape(message) for message in way]
         try:
@@ -1283,7 +1283,8 @@ def in_template(tokenizer, messages, reply, tools=None):
         elif lost and said[0]["role"] in SYSTEM and not left_out(said, opened, tools):
             # Mistral's write the system message into the user's, if that is the last message
             body = whole[len(head) : len(whole) - len(tail)]
-            if whole == head + body + tail and not left_out([*said[1:], mark], around, tools):
+            rest = left_out([*said[1:], mark], around, tools) or left_out([parsed(reply)], body)
+            if whole == head + body + tail and not rest:
                 return opened[: opened.rfind(words) + len(words)] + head[asked:], body, tail
         if lost:
             problems.append(f"the chat template leaves out {lost}")
