@@ -884,8 +884,8 @@ TEMPLATES = {
     "DeepSeek-R1-Distill": "<s>" + ALL + USERS + "<｜User｜>{{ m['content'] }}" + ANSWER
     + "{{ '<｜Assistant｜>' + m['content'].split('</think>')[-1] + eos_token }}{% else %}"
     "{{ m['content'] }}{% endif %}" + ENDFOR + OPEN + "<｜Assistant｜><think>\n{% endif %}",
-    "DeepSeek-V3.1": "<s>" + ALL + USERS + "<｜User｜>{{ m['content'] }}" + ANSWER
-    + "<｜Assistant｜></think>{{ m['content'].split('</think>')[-1] + eos_token }}{% endif %}"
+    "DeepSeek-V3.2": "<s>" + ALL + USERS + "<｜User｜>{{ m['content'] }}" + ANSWER
+    + "<｜Assistant｜></think>{{ m['content'] + eos_token }}{% endif %}"
     + ENDFOR + OPEN + "<｜Assistant｜></think>{% endif %}",
     "Mistral Nemo": "<s>{% if messages[0]['role'] == 'system' %}{% set system = messages[0]"
     "['content'] + '\n\n' %}{% set messages = messages[1:] %}{% endif %}" + ALL + USERS
@@ -984,7 +984,7 @@ TURNS = {
         IM + EMPTY, "…<|im_end|>", IM + "<think>\n", THOUGHTS[8:] + "<|im_end|>"),
     "gpt-oss": (FINAL, "…<|return|>"),
     "DeepSeek-R1-Distill": (R1, "…</s>", R1 + "<think>\n", THOUGHTS[8:] + "</s>"),
-    "DeepSeek-V3.1": (R1 + "</think>", "…</s>", R1, "…</s>"),
+    "DeepSeek-V3.2": (R1 + "</think>", "…</s>", R1, "…</s>"),
     "Mistral Nemo": ("[/INST]", " …</s>"),
     "SmolLM3": (IM, "…<|im_end|>"),
     "Llama 2": (" [/INST]", " … </s>"),  # a space belongs to the word that the model writes
@@ -1017,14 +1017,14 @@ def test_own_thoughts_get_no_second_block(template, text):
 TOOL_CALLED = '<tool_call>\n{"name": "look", "arguments": {"bird": "crow"}}\n</tool_call><|im_end|>'
 COMMENTARY = ' to=functions.look<|channel|>commentary json<|message|>{"bird": "crow"}<|call|>'
 ANALYSIS = "<|channel|>analysis<|message|>Crows fly." + FINAL
-AS_TEXT = [{"function": {"name": "look", "arguments": '{"bird": "crow"}'}}]
+AS_TEXT = [{"function": {"name": "look", "arguments": '{"bird":"crow"}'}}]
 # wants arguments as text; writes the head of a next turn always
 TEXT_ONLY = CHATML.replace(
     "}}<|im_end|>",
     "}}{% for c in m['tool_calls'] %}{{ c['function']['name']"
     " + c['function']['arguments'] }}{% endfor %}<|im_end|>",
 )
-NAME_AND_TEXT = 'A crow.look{"bird": "crow"}<|im_end|>'
+NAME_AND_TEXT = 'A crow.look{"bird":"crow"}<|im_end|>'
 ALWAYS_ASKS = TEMPLATES["gpt-oss"].replace(OPEN, "").removesuffix("{% endif %}")
 FIELDS = {  # template, fields of the message, what is scored
     "Qwen3 reasoning": ("Qwen3", {"reasoning_content": "Crows fly."}, THOUGHTS + "<|im_end|>"),
@@ -1046,12 +1046,15 @@ def test_tools_are_handed_to_the_template_whatever_they_hold():
     tools = [{"name": 'l"öök'}]
     prompt = scored("{{ tools | tojson }}" + CHATML, tools=tools)[0]
     assert prompt.startswith('[{"name": "l\\"öök"}]<|im_start|>')
+    called = [ASK_BIRD, A("", tool_calls=AS_TEXT), TOOL("It is.")]
+    assert '"arguments": {"bird": "crow"}}' in scored("Qwen3", prompt=called)[0], "twice JSON"
 
 
 @pytest.mark.parametrize("template", TURNS)
 def test_system_message_is_seen_whatever_the_template(template):
     messages = [KIND, *TALK, ASK_BIRD]
-    text = scored(template, prompt=messages)[0]
+    text, response = scored(template, prompt=messages)
+    assert response == TURNS[template][1].replace("…", "A crow.")
     assert all(text.count(message["content"]) == 1 for message in messages)
     if template in ("Gemma", "Phi-3, first"):
         assert re.match(r"<s>\S*user\S*\nBe kind\.\n\nHi!", text), "merged into the user's first"
@@ -1087,6 +1090,11 @@ LOSES = {  # template, the row, what the refusal names
     "a call's numbers": ("SmolLM2", {"tool_calls": SEVEN}, "tool_calls"),
     "a function call": ("SmolLM2", {"function_call": {"name": "look"}}, "function_call"),
     "a tool named as a word": ("SmolLM2", {"tools": [{"name": "bird"}]}, "tool"),
+    "thoughts, and a system message": (
+        "Mistral Nemo",
+        {"prompt": [KIND, ASK_BIRD], "reasoning_content": "Crows."},
+        "content of",
+    ),
     "a text's end": (CUT, {}, "content of the user"),
     "all of it": (ALL + "{{ m['content'] }}" + ENDFOR, {"prompt": [U(" ")]}, "becomes no token"),
 }
@@ -1125,6 +1133,8 @@ def test_a_special_token_that_ends_no_turn_is_not_taken_off(capsys):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<filename>"]})
     assert not treg.encode(tokenizer, [pair_of("Run: git add <filename>")])
     assert "1 pairs dropped: holds <filename>" in capsys.readouterr().out
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<filename>")
+    assert tokenizer.decode(encoded(tokenizer, "A crow.<filename>").ids) == "A crow.<filename>"
 
 
 @pytest.mark.parametrize("text", ["[INST] Hi", "<|user|>\nHi", "<start_of_turn>u", "<|turn>user"])
@@ -1672,6 +1682,7 @@ def test_what_would_train_on_something_else_in_silence_is_refused(tmp_path):
         (lambda: treg.train(model, texts), "not annotated"),
         (lambda: treg.evaluate(model, tokenizer, texts), "not annotated"),
         (train, "annotated with alpha 0"),
+        (lambda: treg.train(model, []), "no pairs"),
         (lambda: treg.annotate(model, tokenizer, plain, prompts="revise"), "encoded already"),
         (lambda: train(alpha=0, beta=1.0, seed=1), "is of another beta, seed; give another out"),
         (lambda: train(alpha=0, token_rewards="swapped"), "token_rewards: .* made by annotate"),
@@ -1780,7 +1791,7 @@ def test_pairs_with_a_token_of_probability_zero_are_dropped():
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_tokens_are_shown_as_they_are(kind):
     """Transformers 4 takes the space before a comma away, as Llama 3's tokenizer asks it to."""
-    tokenizer, text = tokenizer_of(kind=kind), "A crow , a bat ünï 字🙂." * 99
+    tokenizer, text = tokenizer_of(kind=kind), "A crow , a bat ünï 字🙂." * 299
     tokenizer.clean_up_tokenization_spaces = True
     start = time.process_time()
     texts = treg.token_texts(tokenizer, tokenizer(text)["input_ids"])
@@ -2200,7 +2211,7 @@ FOLDERS = {  # what is saved over a model folder, or the file that goes; what mu
     "no weights": ("model.safetensors", "cannot be loaded"),
     "no tokenizer": ("tok*", "tokenizer|load"),
     "a layer missing": (lambda: model_of().config, r"weights missing: .*h\.1\.mlp\.c_fc\.weight"),
-    "fewer embeddings": (lambda: model_of(vocab_size=99), "token 347, but embeddings of 99"),
+    "fewer embeddings": (lambda: model_of(vocab_size=347), "token 347, but embeddings of 347"),
     "quantised": (lambda: transformers.GPT2Config(quantization_config=FP8), "is quantised"),
     "an encoder": (lambda: transformers.BertForMaskedLM(BERT), "sees later tokens, as an encoder"),
     "an encoder-decoder": (transformers.T5Config, "is an encoder-decoder"),

@@ -552,6 +552,11 @@ def need_annotated(pairs):
     need(ready, "the pairs are not annotated; give what annotate returns")
 
 
+def have_token_rewards(pairs):
+    """With alpha 0 annotate makes none: all are 0."""
+    return any(response.token_rewards.any() for response in sides(pairs))
+
+
 def id_lists(responses, name):
     """An attribute that holds token ids, of all responses, as lists."""
     return [getattr(response, name).tolist() for response in responses]
@@ -811,7 +816,8 @@ def check_training(weights, pairs, alpha, changes):
     need_annotated(pairs)
     made = {"prompts", "token_rewards"} & changes.keys()
     need(not made, f"{', '.join(made)}: token rewards are made by annotate; give it to that")
-    scored = alpha == 0 or any(response.token_rewards.any() for response in sides(pairs))
+    need(pairs, "no pairs to train on")
+    scored = alpha == 0 or have_token_rewards(pairs)
     need(scored, "all token rewards are 0: the pairs were annotated with alpha 0")
     exact = all(weight.dtype == torch.float32 for weight in weights)
     need(exact, "weights are not float32, a small step would be rounded away; use model.float()")
@@ -1646,9 +1652,11 @@ def evaluate(model, tokenizer, pairs, settings=None, judge=None, **changes):
         "accuracy": values["accuracy"].mean(),
         "margin": values["margin"].mean(),
         "credit_auroc": mean_auroc(pairs, "credit"),
-        "token_reward_auroc": mean_auroc(pairs, "token_rewards"),
+        "token_reward_auroc": math.nan,
         "score": math.nan,
     }
+    if have_token_rewards(pairs):
+        metrics["token_reward_auroc"] = mean_auroc(pairs, "token_rewards")
     if judge is None and all(pair.answers for pair in pairs):
         judge = exact_match
     if judge:
@@ -1689,7 +1697,8 @@ def show(summary, old_pairs, new_pairs, tokenizer):
         say(f"\nprompt  {shorten(new.prompt[-1]['content'])}")
         say(f"before  {shorten(old.samples[0])}")
         say(f"after   {shorten(new.samples[0])}")
-    for pair in new_pairs[:1]:
+    if have_token_rewards(new_pairs):
+        pair = new_pairs[0]
         say("\ntoken rewards ([+good], [-bad]: more than 0.1 from 0)")
         say(f"chosen    {bracketed(pair.chosen, tokenizer)}")
         say(f"rejected  {bracketed(pair.rejected, tokenizer)}")
@@ -2460,8 +2469,11 @@ def prepare(s, folder, judge=None):
 
 def describe(s):
     """The settings that matter, on a line."""
-    loss = f"{s.algorithm}, alpha {s.alpha:g}, beta {s.beta:g}, gamma {s.gamma:g}, {s.weighting}"
-    return f"{loss} weighting, lr {s.lr:g}, {s.token_rewards} token rewards, prompts {s.prompts}"
+    loss = f"{s.algorithm}, alpha {s.alpha:g}, beta {s.beta:g}, gamma {s.gamma:g}"
+    if s.alpha == 0:
+        return f"{loss}, lr {s.lr:g}, no token rewards"
+    loss += f", {s.weighting} weighting, lr {s.lr:g}"
+    return f"{loss}, {s.token_rewards} token rewards, prompts {s.prompts}"
 
 
 def load_prepared(s, folder):
