@@ -1904,7 +1904,7 @@ def test_interval_by_hand():
     both = treg.interval(np.add.outer(range(5), range(5)))
     assert both == pytest.approx((4, 4 - 2.306, 4 + 2.306), abs=1e-3)
     assert treg.interval(left) == (0, 0, 0)
-    assert treg.interval(np.full((3, 4), 0.25)) == (0.25, 0.25, 0.25)
+    assert treg.interval(np.full((2, 2), 0.25)) == (0.25, 0.25, 0.25)
     assert math.isnan(treg.interval(np.ones((1, 5)))[1])
 
 
@@ -2151,6 +2151,7 @@ def test_which_pairs_are_trained_on_and_which_are_held_out(tmp_path, capsys):
     train, test = places(data_file(), holdout=0.2)
     assert len(test) == 5 and sorted(train + test) == [*range(1, 26)]
     assert places(data_file(), holdout=5, seed=1, max_pairs=3) == [train[:3], test]
+    assert len(places(data_file(), holdout=1)[1]) == 1, "a number, not the share of all"
     path.write_bytes(jsonl(*[{**ROW, "prompt": f"Is it {i // 4}?"} for i in range(40)]))
     prompts = [{(i - 1) // 4 for i in of} for of in places(path, holdout=10)]
     assert [len(of) for of in prompts] == [8, 2] and not prompts[0] & prompts[1], "of one prompt"
