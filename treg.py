@@ -914,7 +914,7 @@ def load_pairs(source, split="train"):
 def load_splits(source):
     """All splits of a source, as load_pairs reads them. -> {split: pairs}."""
     splits, bad, bare = {}, [], []  # bare: the rows without a prompt column
-    unused = {}
+    unused = {}  # names of columns, in the order in which they are found
     for where, row in bar(read_rows(str(source)), desc="read", unit=" rows"):
         try:
             if isinstance(row, bytes):
@@ -925,7 +925,8 @@ def load_splits(source):
             bad.append(f"{where}: {error}")
             continue
         pair.where = where
-        unused |= dict.fromkeys(name for name in row if name not in READ | {*UNREAD})
+        others = (name for name in row if name and name not in KNOWN)
+        unused |= dict.fromkeys(name for name in others if given(row, name) is not None)
         if all(given(row, name) is None for name in PROMPT_COLUMNS):
             bare.append(where)
         split = given(row, "split")
@@ -935,7 +936,7 @@ def load_splits(source):
     refuse(bad)
     need(splits, f"{source}: holds no rows to use; a row {WANTED}")
     if unused:
-        say(f"note: columns that are not used: {shorten(', '.join(map(str, unused)))}")
+        say(f"note: columns that are not used: {shorten(', '.join(unused))}")
     return splits
 
 
@@ -1022,8 +1023,8 @@ ROLES = (*SYSTEM, "user", "assistant", "tool")
 UNREAD = ("query", "problem", "messages", "context", "system_prompt", "documents", "functions")
 UNREAD += ("image", "images", "videos", "audio", "chat_template_kwargs", "conversations")
 UNREAD += ("passage", "document", "system_message", "initial_reason_steps")
-READ = {*PROMPT_COLUMNS, "chosen", "rejected", "input", "system", "history", "tools"}
-READ |= {"chosen_errors", "rejected_errors", "answers", "split"}
+KNOWN = {*PROMPT_COLUMNS, *UNREAD, "chosen", "rejected", "input", "system", "history", "tools"}
+KNOWN |= {"chosen_errors", "rejected_errors", "answers", "split"}
 # a list of messages that csv has turned into text
 LISTED = re.compile(r"""(?s)\s*\[?\s*\{(?=.*['"](role|from)['"]:)(?=.*['"](content|value)['"]:)""")
 
