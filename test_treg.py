@@ -1024,6 +1024,8 @@ TEXT_ONLY = CHATML.replace(
     "}}{% for c in m['tool_calls'] %}{{ c['function']['name']"
     " + c['function']['arguments'] }}{% endfor %}<|im_end|>",
 )
+CROW, NOTHING = '{"bird": "crow"}', [{"function": {"name": "look", "arguments": "{}"}}]
+PRINTS = TEXT_ONLY.replace(" + c", " ~ c")
 NAME_AND_TEXT = 'A crow.look{"bird":"crow"}<|im_end|>'
 ALWAYS_ASKS = TEMPLATES["gpt-oss"].replace(OPEN, "").removesuffix("{% endif %}")
 FIELDS = {  # template, fields of the message, what is scored
@@ -1032,6 +1034,12 @@ FIELDS = {  # template, fields of the message, what is scored
     "Qwen3 words and call": ("Qwen3", {"tool_calls": CALL}, "A crow.\n" + TOOL_CALLED),
     "gpt-oss call": ("gpt-oss", {"chosen": "", "tool_calls": CALL}, COMMENTARY),
     "arguments as JSON": ("gpt-oss", {"chosen": "", "tool_calls": AS_TEXT}, COMMENTARY),
+    "no arguments": (
+        "gpt-oss",
+        {"chosen": "", "tool_calls": NOTHING},
+        COMMENTARY.replace(CROW, "{}"),
+    ),
+    "a template that prints them": (PRINTS, {"tool_calls": AS_TEXT}, NAME_AND_TEXT),
     "a template that wants them so": (TEXT_ONLY, {"tool_calls": AS_TEXT}, NAME_AND_TEXT),
     "always a next turn": (ALWAYS_ASKS, {"chosen": "", "tool_calls": CALL}, COMMENTARY),
 }
@@ -1048,6 +1056,8 @@ def test_tools_are_handed_to_the_template_whatever_they_hold():
     assert prompt.startswith('[{"name": "l\\"öök"}]<|im_start|>')
     called = [ASK_BIRD, A("", tool_calls=AS_TEXT), TOOL("It is.")]
     assert '"arguments": {"bird": "crow"}}' in scored("Qwen3", prompt=called)[0], "twice JSON"
+    odd = A("", tool_calls={"look": "crow"})
+    assert treg.parsed(odd) is odd
 
 
 @pytest.mark.parametrize("template", TURNS)
@@ -1067,6 +1077,11 @@ def test_system_message_is_seen_whatever_the_template(template):
 def test_a_switch_for_thoughts_is_no_text_but_a_path_is():
     head = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nName"
     assert scored("SmolLM3", prompt=[S("Be kind. /no_think"), ASK_BIRD])[0].startswith(head)
+    dropped = CHATML.replace("m['content']", "m['content'] | replace('/no_think', '')")
+    prompt, _ = scored(dropped, "<b>So</b>.", [U("Be <b>s</b> /no_think")], "<b>No</b>.")
+    assert prompt.endswith("Be <b>s</b> <|im_end|>\n<|im_start|>assistant\n"), (
+        "words without the switch"
+    )
     prompt = scored("SmolLM3", prompt=[S("See /bin/no_think."), ASK_BIRD])[0]
     assert "<|im_start|>user\nSee /bin/no_think.\n\nName" in prompt, "else merged: nothing is lost"
 
@@ -1134,7 +1149,9 @@ def test_a_special_token_that_ends_no_turn_is_not_taken_off(capsys):
     assert not treg.encode(tokenizer, [pair_of("Run: git add <filename>")])
     assert "1 pairs dropped: holds <filename>" in capsys.readouterr().out
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "<filename>")
-    assert tokenizer.decode(encoded(tokenizer, "A crow.<filename>").ids) == "A crow.<filename>"
+    tokenizer.pad_token = "<unk>"
+    found = encoded(tokenizer, "A crow.<filename><unk><unk>").ids
+    assert tokenizer.decode(found) == "A crow.<filename>", "the template's own, and padding"
 
 
 @pytest.mark.parametrize("text", ["[INST] Hi", "<|user|>\nHi", "<start_of_turn>u", "<|turn>user"])
@@ -1678,15 +1695,15 @@ def test_what_would_train_on_something_else_in_silence_is_refused(tmp_path):
     texts, plain = text_pairs(), treg.annotate(model, tokenizer, text_pairs(), alpha=0)
     train = functools.partial(treg.train, model, plain, out=tmp_path)
     train(alpha=0)
+    train(alpha=0, pass_tokens=1, save_every=1)  # which change no step
     for call, says in (
         (lambda: treg.train(model, texts), "not annotated"),
         (lambda: treg.evaluate(model, tokenizer, texts), "not annotated"),
-        (train, "annotated with alpha 0"),
+        (train, "annotate with alpha above 0"),
         (lambda: treg.train(model, []), "no pairs"),
-        (lambda: treg.annotate(model, tokenizer, plain, prompts="revise"), "encoded already"),
+        (lambda: treg.annotate(model, tokenizer, plain, prompts="revise"), "annotated already"),
         (lambda: train(alpha=0, beta=1.0, seed=1), "is of another beta, seed; give another out"),
-        (lambda: train(alpha=0, token_rewards="swapped"), "token_rewards: .* made by annotate"),
-        (lambda: treg.train(model.bfloat16(), plain, alpha=0), "not float32"),
+        (lambda: treg.train(model.bfloat16(), plain, alpha=0), "half precision"),
     ):
         with pytest.raises(treg.UserError, match=says):
             call()
@@ -2155,6 +2172,10 @@ def test_which_pairs_are_trained_on_and_which_are_held_out(tmp_path, capsys):
     path.write_bytes(jsonl(*[{**ROW, "prompt": f"Is it {i // 4}?"} for i in range(40)]))
     prompts = [{(i - 1) // 4 for i in of} for of in places(path, holdout=10)]
     assert [len(of) for of in prompts] == [8, 2] and not prompts[0] & prompts[1], "of one prompt"
+    path.write_bytes(jsonl(*[{**ROW, "prompt": f"Is it {i // 4}?"} for i in range(42)]))
+    assert [len(of) for of in places(path, holdout=1)] == [40, 2], "at least the smallest"
+    path.write_bytes(jsonl(*[ROW] * 10))
+    assert [len(of) for of in places(path, holdout=3)] == [7, 3], "there is but one prompt"
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(stopped, monkeypatch):

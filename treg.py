@@ -668,9 +668,8 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
     if any(pair.chosen.ids is None for pair in pairs):
         style = read_prompts(s.prompts) if contrastive else None
         pairs = encode(tokenizer, pairs, style, s.max_length)
-    elif pairs:
-        changed = {"prompts", "max_length"} & changes.keys()
-        need(not changed, "the pairs are encoded already; to change that give those of load_pairs")
+    elif any(pair.chosen.token_rewards is not None for pair in pairs):
+        need("prompts" not in changes, "the pairs are annotated already; give those of load_pairs")
     ready = not contrastive or all(pair.chosen.better_ids is not None for pair in pairs)
     need(ready, "the pairs are encoded without contrastive prompts; give encode a style")
     if not pairs:
@@ -811,16 +810,14 @@ def batches(pairs, s):
             yield [pairs[i] for i in order[start : start + s.batch_size]]
 
 
-def check_training(weights, pairs, alpha, changes):
+def check_training(weights, pairs, alpha):
     """UserError if train would take these, and train on something else than is meant."""
     need_annotated(pairs)
-    made = {"prompts", "token_rewards"} & changes.keys()
-    need(not made, f"{', '.join(made)}: token rewards are made by annotate; give it to that")
-    need(pairs, "no pairs to train on")
+    need(len(pairs), "no pairs to train on")
     scored = alpha == 0 or have_token_rewards(pairs)
-    need(scored, "all token rewards are 0: the pairs were annotated with alpha 0")
-    exact = all(weight.dtype == torch.float32 for weight in weights)
-    need(exact, "weights are not float32, a small step would be rounded away; use model.float()")
+    need(scored, "all token rewards are 0; annotate with alpha above 0, and prompts that differ")
+    exact = all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
+    need(exact, "weights in half precision: a small step would be rounded away; make them float32")
 
 
 def train(model, pairs, settings=None, out=None, heldout=(), **changes):
@@ -835,7 +832,7 @@ def train(model, pairs, settings=None, out=None, heldout=(), **changes):
     s = resolve(settings, model, **changes)
     total = s.epochs * math.ceil(len(pairs) / s.batch_size)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    check_training(weights, pairs, s.alpha, changes)
+    check_training(weights, pairs, s.alpha)
     optimizer = torch.optim.AdamW(weights, lr=s.lr, weight_decay=0.0, fused=True)
     history = resumed(Path(out), model, optimizer, s) if out else []
     saved = len(history)
@@ -1021,8 +1018,8 @@ SYSTEM = ("system", "developer")
 ROLES = (*SYSTEM, "user", "assistant", "tool")
 # columns of formats that are not read here, and that would change what the model sees
 UNREAD = ("query", "problem", "messages", "context", "system_prompt", "documents", "functions")
-UNREAD += ("image", "images", "videos", "audio", "chat_template_kwargs", "conversations")
-UNREAD += ("passage", "document", "system_message", "initial_reason_steps")
+UNREAD += ("image", "images", "videos", "audio", "chat_template_kwargs", "system_message")
+UNREAD += ("initial_reason_steps",)
 KNOWN = {*PROMPT_COLUMNS, *UNREAD, "chosen", "rejected", "input", "system", "history", "tools"}
 KNOWN |= {"chosen_errors", "rejected_errors", "answers", "split"}
 # a list of messages that csv has turned into text
@@ -1244,13 +1241,23 @@ def merged(messages):
 
 def parsed(message):
     """A message with the arguments of its tool calls as objects, where JSON has them as text."""
+    if not isinstance(message.get("tool_calls"), list):
+        return message
     calls = []
-    for call in message.get("tool_calls") or ():
+    for call in message["tool_calls"]:
         with contextlib.suppress(LookupError, TypeError, ValueError):
             arguments = json.loads(call["function"]["arguments"])
             call = {**call, "function": {**call["function"], "arguments": arguments}}
         calls.append(call)
-    return {**message, "tool_calls": calls} if calls else message
+    return {**message, "tool_calls": calls}
+
+
+def as_python(messages, text):
+    """Does the text hold an object of these messages' tool calls in Python's form, {'a': True}?"""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    about = [call.get("function") for call in calls if isinstance(call, dict)]
+    objects = [each.get("arguments") for each in about if isinstance(each, dict)]
+    return any(isinstance(each, dict) and each and repr(each) in text for each in objects)
 
 
 def as_parts(message):
@@ -1281,8 +1288,10 @@ def in_template(tokenizer, messages, reply, tools=None):
             problems.append(f"the chat template refuses it: {one_line(error)}")
             continue
         said = [parsed(message) for message in way]
+        if shape is parsed and as_python([*said, parsed(reply)], whole):
+            continue  # it prints arguments without a filter, and so wants text
         head, _, tail = around.rpartition(SNOWMAN)
-        words = way[-1]["content"].strip()
+        words = ["", *(text for name, text in said_in(way[-1]) if name == "content")][-1]
         asked = head.rfind(words) + len(words)  # the template's own words begin here
         lost = left_out([*said, mark], around, tools)
         if repr(as_parts(mark)["content"]) in around:
@@ -1432,7 +1441,7 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
     own.sort(key=len, reverse=True)
     marks = "|".join([MARKS, *map(re.escape, own)])
     # of its own only what ends turns: <filename> is one of SmolLM2's, and may end a sentence
-    known = f"{tokenizer.eos_token} {tokenizer.chat_template}"
+    known = f"{tokenizer.eos_token} {tokenizer.pad_token} {tokenizer.chat_template}"
     ends = "|".join([MARKS, *(re.escape(token) for token in own if token in known)])
     find_end = lru_cache(partial(end_token, tokenizer))  # a tokenizer may have thousands to try
     dropped, cleaned, bad, encoded = Counter(), 0, [], []
@@ -2246,7 +2255,7 @@ def load_model(name, checkpointing=False):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         need(not config.is_encoder_decoder, f"{where}: is an encoder-decoder; name a causal model")
         whole = getattr(config, "quantization_config", None) is None
-        need(whole, f"{where}: is quantised and cannot be trained; name it in full precision")
+        need(whole, f"{where}: is quantised; name it in full precision, to train it and to save it")
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
@@ -2290,9 +2299,13 @@ def held_out(pairs, holdout):
     for i, pair in enumerate(pairs):
         prompts.setdefault(repr(pair.prompt), []).append(i)
     groups, taken = [*prompts.values()], set()
+    if len(groups) == 1:  # all pairs share it
+        groups = [[i] for i in range(len(pairs))]
     for group in np.random.default_rng(0).permutation(len(groups)):  # seeds share a test
         if len(taken) + len(groups[group]) <= count:
             taken.update(groups[group])
+    if count and not taken and groups:
+        taken.update(min(groups, key=len))
     both = [], []
     for i, pair in enumerate(pairs):
         both[i in taken].append(pair)
@@ -2400,10 +2413,15 @@ def read(path, device="cpu"):
         return [json.loads(line) for line in text.splitlines()]
 
 
+# the settings that decide what the steps are; others may change before a run goes on
+DECISIVE = ("algorithm", "alpha", "beta", "gamma", "weighting", "lr", "epochs", "batch_size")
+DECISIVE += ("dtype", "seed")
+
+
 def save_checkpoint(folder, model, optimizer, history, s):
     """Write what training needs to go on."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    write(folder / "checkpoint.pt", {**state, "history": history, "settings": asdict(s)})
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    write(folder / "checkpoint.pt", {**state, "settings": asdict(s)})
 
 
 def resumed(folder, model, optimizer, s):
@@ -2417,7 +2435,7 @@ def resumed(folder, model, optimizer, s):
     if path.exists():
         state = read(path, model.device)
         with loading(path):
-            other = [name for name, value in asdict(s).items() if state["settings"][name] != value]
+            other = [name for name in DECISIVE if state["settings"][name] != getattr(s, name)]
             need(not other, f"{path}: is of another {', '.join(other)}; give another out")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
