@@ -2401,6 +2401,12 @@ def test_tokenizers_without_offsets_train_without_credit_figures(tmp_path, monke
     assert summary_of(Path("o"))["after"]["credit_auroc"] is None
 
 
+def test_plain_dpo_shows_no_token_rewards(tmp_path):
+    said = done(*words(tmp_path, "--alpha", 0, "--epochs", 1))
+    assert "no token rewards" in said and said.count("token reward") == 1
+    assert summary_of(tmp_path)["after"]["token_reward_auroc"] is None
+
+
 def test_out_of_memory_gets_advice_and_a_bug_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(treg, "take_step", lambda *args, **kwargs: torch.empty(2**58))
     assert "out of memory; begin again with" in refusal(*words(tmp_path / "out"))

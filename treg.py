@@ -553,7 +553,7 @@ def need_annotated(pairs):
 
 
 def have_token_rewards(pairs):
-    """With alpha 0 annotate makes none: all are 0."""
+    """Are any of them not 0? With alpha 0 annotate makes none."""
     return any(response.token_rewards.any() for response in sides(pairs))
 
 
@@ -662,6 +662,7 @@ def annotate(model, tokenizer, pairs, settings=None, reward_model=None, **change
         sft           1 on the chosen response, 0 on the rejected
         dpo           as contrastive; compare replaces it
     No contrastive prompt is read with sft, nor with alpha 0, where the others are 0.
+    UserError: a token has no embedding, or encoded pairs lack what these settings need.
     """
     s = resolve(settings, model, **changes)
     contrastive = s.alpha > 0 and s.token_rewards != "sft"
@@ -811,7 +812,7 @@ def batches(pairs, s):
 
 
 def check_training(weights, pairs, alpha):
-    """UserError if train would take these, and train on something else than is meant."""
+    """UserError for what train would accept and silently get wrong."""
     need_annotated(pairs)
     need(len(pairs), "no pairs to train on")
     scored = alpha == 0 or have_token_rewards(pairs)
@@ -1374,6 +1375,7 @@ def left_out(messages, text, tools=None):
     return None
 
 
+# a switch in a text, not a path; some templates (SmolLM3) obey it and take it out
 SWITCH = re.compile(r"(?<!\S)/(?:no_)?think(?!\S)")
 
 
@@ -1381,7 +1383,6 @@ def said_in(message):
     """All that a template must write of a message. -> [(name of the field, text)]."""
     names = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
     texts = [(name, text) for name in names for text in texts_in(message.get(name))]
-    # /no_think is a switch, which some templates take out
     parts = [(name, part) for name, text in texts for part in SWITCH.split(text)]
     return [(name, part.strip()) for name, part in parts if part.strip()]
 
@@ -1427,8 +1428,8 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
 
     style: also encode the contrastive prompts of this style. An end token that ends a response is
     taken off and counted: each gets exactly one. Dropped and counted are pairs whose responses are
-    blank or the same, whose texts hold markers of a chat template, or whose longest prompt and
-    response have more than max_length tokens (a cut could change who won).
+    blank or the same, whose texts hold special tokens or markers of a chat template, or whose
+    longest prompt and response have more than max_length tokens (a cut could change who won).
     A tokenizer without a chat template gets the plain one.
     UserError: names the rows that the chat template cannot take.
     """
@@ -1441,8 +1442,8 @@ def encode(tokenizer, pairs, style=None, max_length=1024):
     own.sort(key=len, reverse=True)
     marks = "|".join([MARKS, *map(re.escape, own)])
     # of its own only what ends turns: <filename> is one of SmolLM2's, and may end a sentence
-    known = f"{tokenizer.eos_token} {tokenizer.pad_token} {tokenizer.chat_template}"
-    ends = "|".join([MARKS, *(re.escape(token) for token in own if token in known)])
+    turns = f"{tokenizer.eos_token} {tokenizer.pad_token} {tokenizer.chat_template}"
+    ends = "|".join([MARKS, *(re.escape(token) for token in own if token in turns)])
     find_end = lru_cache(partial(end_token, tokenizer))  # a tokenizer may have thousands to try
     dropped, cleaned, bad, encoded = Counter(), 0, [], []
     for pair in bar(pairs, desc="encode", unit=" pairs"):
@@ -1557,10 +1558,14 @@ def credit_auroc(scores, is_good):
 
 
 def mean_auroc(pairs, name):
-    """Mean credit AUROC within the responses that have good and bad tokens; nan if none has."""
+    """Mean credit AUROC within the responses that have good and bad tokens; nan if none has.
+
+    A response whose values are all 0 does not count: nothing was measured, as with alpha 0.
+    """
     labelled = [response for response in sides(pairs) if response.good is not None]
+    scored = [response for response in labelled if getattr(response, name).any()]
     # [:-1]: the end token is in no error span, and is not scored
-    values = [credit_auroc(getattr(r, name)[:-1], r.good[:-1]) for r in labelled]
+    values = [credit_auroc(getattr(r, name)[:-1], r.good[:-1]) for r in scored]
     values = [value for value in values if not math.isnan(value)]
     return float(np.mean(values)) if values else math.nan
 
@@ -1662,11 +1667,9 @@ def evaluate(model, tokenizer, pairs, settings=None, judge=None, **changes):
         "accuracy": values["accuracy"].mean(),
         "margin": values["margin"].mean(),
         "credit_auroc": mean_auroc(pairs, "credit"),
-        "token_reward_auroc": math.nan,
+        "token_reward_auroc": mean_auroc(pairs, "token_rewards"),
         "score": math.nan,
     }
-    if have_token_rewards(pairs):
-        metrics["token_reward_auroc"] = mean_auroc(pairs, "token_rewards")
     if judge is None and all(pair.answers for pair in pairs):
         judge = exact_match
     if judge:
@@ -2252,17 +2255,17 @@ def load_model(name, checkpointing=False):
     hint = "name a folder with model and tokenizer, or a hub name where the hub can be reached"
     with explain(f"{where}: cannot be loaded", hint):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        usual = hasattr(tokenizer, "is_fast")
+        need(usual, f"{where}: has mistral-common's tokenizer, without a template; uninstall that")
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         need(not config.is_encoder_decoder, f"{where}: is an encoder-decoder; name a causal model")
-        whole = getattr(config, "quantization_config", None) is None
-        need(whole, f"{where}: is quantised; name it in full precision, to train it and to save it")
+        full = getattr(config, "quantization_config", None) is None
+        need(full, f"{where}: is quantised; name it in full precision, to train it and to save it")
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     lost = ", ".join(sorted(loaded["missing_keys"]))  # they would be random numbers
     need(not lost, f"{where}: weights missing: {lost}")
-    usual = hasattr(tokenizer, "is_fast")
-    need(usual, f"{where}: its tokenizer is mistral-common's, without a template; uninstall that")
     need(tokenizer("a", add_special_tokens=False)["input_ids"], f"{where}: no tokenizer")
     if not tokenizer.is_fast:
         say("note: this tokenizer gives no offsets, so there are no credit figures")
@@ -2293,7 +2296,11 @@ def checkpoint_layers(model, where):
 
 
 def held_out(pairs, holdout):
-    """-> (pairs to train on, pairs to evaluate on). All pairs of one prompt are on one side."""
+    """-> (pairs to train on, pairs to evaluate on). All pairs of one prompt are on one side.
+
+    holdout: a share of the pairs, or from 1 on a number. Where that comes to a pair or more, at
+    least one prompt is held out.
+    """
     count = int(holdout if holdout >= 1 else holdout * len(pairs))
     prompts = {}
     for i, pair in enumerate(pairs):
